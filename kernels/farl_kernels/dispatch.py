@@ -1,0 +1,68 @@
+"""Which backend an op runs on.
+
+Each op owns one :class:`Op`. A backend is a plain function with the op's tensor arguments, registered with a
+``refuses`` function that says in words why it cannot serve a call (or ``None`` when it can). The order of
+registration is the order of preference: ``backend=None`` takes the first that does not refuse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+_forced: ContextVar[str | None] = ContextVar("farl_kernels_backend", default=None)
+
+BackendFn = Callable[..., Any]
+RefuseFn = Callable[..., str | None]
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every op called inside with backend `name`, where the op has one of that name.
+
+    Ops without a backend of that name keep their own choice; an explicit ``backend=`` at a call wins.
+    """
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+class Op:
+    """The backends of one public op, in order of preference."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._backends: dict[str, tuple[BackendFn, RefuseFn]] = {}
+
+    def register(self, name: str, fn: BackendFn, refuses: RefuseFn | None = None) -> None:
+        """Add backend `name`. `refuses` gets the arguments of the call; a later registration is preferred less."""
+        self._backends[name] = (fn, refuses or (lambda *args, **kwargs: None))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._backends)
+
+    def __call__(self, requested: str | None, *args: Any, **kwargs: Any) -> Any:
+        """Run the op on the `requested` backend, on the one that `use_backend` set, or on the first that fits."""
+        forced = _forced.get()
+        if requested is None and forced in self._backends:
+            requested = forced
+        if requested is not None:
+            if requested not in self._backends:
+                raise ValueError(f"{self.name}: backend {requested!r} is not one of {', '.join(self._backends)}")
+            fn, refuses = self._backends[requested]
+            reason = refuses(*args, **kwargs)
+            if reason is not None:
+                raise ValueError(f"{self.name}: backend {requested!r} cannot run this call: {reason}")
+            return fn(*args, **kwargs)
+        reasons = []
+        for name, (fn, refuses) in self._backends.items():
+            reason = refuses(*args, **kwargs)
+            if reason is None:
+                return fn(*args, **kwargs)
+            reasons.append(f"{name}: {reason}")
+        raise ValueError(f"{self.name}: no backend can run this call ({'; '.join(reasons)})")

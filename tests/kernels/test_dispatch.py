@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from farl_kernels.dispatch import Op, use_backend
+
+
+@pytest.fixture
+def op():
+    op = Op("double")
+    op.register("fast", lambda x, *, wide=False: ("fast", 2 * x), lambda x, *, wide=False: "wide" if wide else None)
+    op.register("slow", lambda x, *, wide=False: ("slow", 2 * x))
+    return op
+
+
+def test_first_that_does_not_refuse(op):
+    assert op.names == ("fast", "slow")
+    assert op(None, 3) == ("fast", 6)
+    assert op(None, 3, wide=True) == ("slow", 6)
+
+
+def test_explicit_backend_is_obeyed_or_refused(op):
+    assert op("slow", 3) == ("slow", 6)
+    with pytest.raises(ValueError, match="double: backend 'fast' cannot run this call: wide"):
+        op("fast", 3, wide=True)
+    with pytest.raises(ValueError, match="double: backend 'other' is not one of fast, slow"):
+        op("other", 3)
+
+
+def test_nothing_fits_tells_every_reason(op):
+    narrow = Op("narrow")
+    narrow.register("a", lambda x: x, lambda x: "too long")
+    narrow.register("b", lambda x: x, lambda x: "too odd")
+    with pytest.raises(ValueError, match=r"no backend can run this call \(a: too long; b: too odd\)"):
+        narrow(None, 1)
+
+
+def test_use_backend_holds_inside_and_explicit_wins(op):
+    with use_backend("slow"):
+        assert op(None, 1)[0] == "slow"
+        assert op("fast", 1)[0] == "fast"
+        with use_backend(None):
+            assert op(None, 1)[0] == "fast"
+        assert op(None, 1)[0] == "slow"
+    assert op(None, 1)[0] == "fast"
+
+
+def test_use_backend_leaves_ops_without_that_name_alone(op):
+    with use_backend("somewhere_else"):
+        assert op(None, 1)[0] == "fast"
+
+
+def test_use_backend_ends_with_an_error(op):
+    with pytest.raises(KeyError), use_backend("slow"):
+        raise KeyError
+    assert op(None, 1)[0] == "fast"
+
+
+def test_use_backend_does_not_reach_other_threads(op):
+    seen = []
+    with use_backend("slow"):
+        thread = threading.Thread(target=lambda: seen.append(op(None, 1)[0]))
+        thread.start()
+        thread.join()
+    assert seen == ["fast"]
