@@ -1,0 +1,54 @@
+"""Tar shards in, batches out: index, order, augmentation, decoding and the threaded loader.
+
+Names load on first use, so that `import farl_engine.data` needs neither torch nor an image library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from farl_engine.data.augment import CENTER, CropPlan
+    from farl_engine.data.bad_data import BadDataError
+    from farl_engine.data.decode_cpu import BadImage, CpuDecoder
+    from farl_engine.data.index import ShardIndex
+    from farl_engine.data.loader import Batch, Loader
+    from farl_engine.data.order import MixedOrder, SampleOrder
+    from farl_engine.data.shards import ShardWriter, write_shards
+
+_HOME = {
+    "CENTER": "augment",
+    "CropPlan": "augment",
+    "BadDataError": "bad_data",
+    "BadImage": "decode_cpu",
+    "CpuDecoder": "decode_cpu",
+    "ShardIndex": "index",
+    "Batch": "loader",
+    "Loader": "loader",
+    "MixedOrder": "order",
+    "SampleOrder": "order",
+    "ShardWriter": "shards",
+    "write_shards": "shards",
+}
+
+__all__ = [
+    "CENTER",
+    "BadDataError",
+    "BadImage",
+    "Batch",
+    "CpuDecoder",
+    "CropPlan",
+    "Loader",
+    "MixedOrder",
+    "SampleOrder",
+    "ShardIndex",
+    "ShardWriter",
+    "write_shards",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"farl_engine.data.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'farl_engine.data' has no attribute {name!r}")
