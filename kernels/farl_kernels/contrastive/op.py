@@ -1,0 +1,244 @@
+"""The public contrastive loss: arguments checked, backend chosen, rows reduced."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from farl_kernels.contrastive.autograd import Call, ContrastiveFunction
+from farl_kernels.contrastive.exchange import GatheredFeatures, Ranks
+from farl_kernels.contrastive.options import REDUCTIONS, Options, check_choice
+from farl_kernels.contrastive.reference import REFERENCE
+from farl_kernels.dispatch import Op
+
+CONTRASTIVE_LOSS = Op("contrastive_loss")
+PRECISIONS = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+
+
+def _reference(
+    image: Tensor, gathered: GatheredFeatures, scale: Tensor, bias: Tensor | None, ids: Tensor | None, options: Options
+) -> tuple[Tensor, ...]:
+    with torch.autocast(image.device.type, enabled=False):
+        return ContrastiveFunction.apply(image, gathered.local, scale, bias, ids, Call(gathered, options, REFERENCE))
+
+
+CONTRASTIVE_LOSS.register("reference", _reference)
+
+
+def _features(name: str, features: Tensor, precision: str | None) -> Tensor:
+    """`features` in the dtype of the computation."""
+    if not isinstance(features, Tensor) or features.dim() != 2 or not features.is_floating_point() or not len(features):
+        got = f"{features.dtype} {list(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"{name} must be a floating-point tensor [n, D] with n >= 1; got {got}")
+    if precision is None:
+        return features
+    check_choice("precision", precision, tuple(PRECISIONS))
+    return features.to(PRECISIONS[precision])
+
+
+def gather_features(
+    text_features: Tensor, *, group: dist.ProcessGroup | None = None, precision: str | None = None
+) -> GatheredFeatures:
+    """Start the all-gather of the text features; give the result to :func:`contrastive_loss` in their place.
+
+    Called before the image tower runs, the gather hides under the image tower's forward pass, and the reduce-scatter
+    of the text gradient under its backward pass. All ranks of the group call it, in the same order as their other
+    collectives. Without several ranks nothing is sent.
+
+    Args:
+        text_features: float [n, D], the same n and D on all ranks.
+        group: the ranks that share the loss; None is the default group, or one process where none is initialised.
+        precision: dtype in which features travel and products are taken: None (that of the features), "bf16", "tf32"
+            or "fp32". The last two keep float32; TF32 is used by backends that have it.
+
+    Raises:
+        ValueError: an argument does not fit, or n, D or the dtype differ between ranks (then on every rank).
+    """
+    return GatheredFeatures(_features("text_features", text_features, precision), Ranks(group))
+
+
+def contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor | GatheredFeatures,
+    logit_scale: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    kind: str = "softmax",
+    logit_bias: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ids: Tensor | None = None,
+    duplicates: str = "negative",
+    precision: str | None = None,
+    deterministic: bool = False,
+    chunk_bytes: int | None = None,
+    reduction: str = "mean",
+    return_metrics: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Image-text contrastive loss over the global batch of N = W * n pairs; the N x N logits are never stored.
+
+    ``kind="softmax"`` is CLIP's symmetric cross-entropy (Radford et al. 2021), ``"sigmoid"`` SigLIP's (Zhai et al.
+    2023: the sum over all N texts for each image). Values and gradients follow open_clip's
+    ``ClipLoss(local_loss=True, gather_with_grad=True)``: each rank returns the mean over its own n pairs, and the
+    gradient of its features is that of the *sum* of all ranks' losses, so that parameter gradients are those of the
+    global mean after the averaging of DDP or FSDP. The scale's and the bias's gradients are right after averaging
+    too, but split between ranks in another way than open_clip's.
+
+    Args:
+        image_features: float [n, D], usually L2-normalised. Their dtype is that of the products (sums are float32, or
+            float64 for float64) unless `precision` says otherwise; autocast does not change it.
+        text_features: float [n, D], or what :func:`gather_features` returned.
+        logit_scale: 0-d tensor that multiplies the cosines, already exponentiated.
+        group: as in :func:`gather_features`.
+        logit_bias: 0-d tensor added to the logits; "sigmoid" only, because softmax does not see it.
+        label_smoothing: in [0, 1); "softmax" only, spread evenly over the N items of each direction.
+        ids: int64 [n]; items with the same id show the same thing. Read unless `duplicates` is "negative".
+        duplicates: what another item of the same id is: a "negative"; nothing ("mask": it leaves the denominator); or
+            one more positive ("multi_positive": the target is uniform over the items of that id).
+        precision: as in :func:`gather_features`; None also accepts a handle of another precision.
+        deterministic: two products instead of one (12nND instead of 8nND FLOP) and images are gathered too. Each
+            pair's loss, and the features' gradients under ``reduction="sum"``, then do not depend on the world size.
+        chunk_bytes: bound of one chunk of logits; the working memory is about three of them. None: 4 MiB on the CPU,
+            256 MiB on a GPU.
+        reduction: "mean" or "sum" over this rank's pairs, or "none" for [n].
+        return_metrics: also return "image_to_text_accuracy" and "text_to_image_accuracy": the share of this rank's
+            images (texts) whose best text (image) among all N is their own, or with ids and "multi_positive" one
+            of the same id; masked items do not count, ties are misses. 0-d, detached.
+        backend: None, or a name in ``CONTRASTIVE_LOSS.names``.
+
+    Returns:
+        The loss, float32 (float64 for float64 features); with `return_metrics` the pair (loss, metrics).
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+        RuntimeError: a second derivative is asked for.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    options = Options(kind, label_smoothing, duplicates, deterministic, chunk_bytes, return_metrics)
+    image = _features("image_features", image_features, precision)
+    if isinstance(text_features, GatheredFeatures):
+        gathered = text_features
+        if group is not None and group is not gathered.ranks.group:
+            raise ValueError("group differs from the one given to gather_features: leave it out here")
+        if precision is None:
+            image = image.to(gathered.dtype)
+        text_dtype = gathered.dtype
+    else:
+        gathered = None
+        text_features = _features("text_features", text_features, precision)
+        text_dtype = text_features.dtype
+    if text_features.shape != image.shape:
+        raise ValueError(
+            f"text_features must have the shape of image_features {list(image.shape)}; got {list(text_features.shape)}"
+        )
+    if text_dtype != image.dtype:
+        raise ValueError(
+            f"image_features and text_features must have one dtype; got {image.dtype} and {text_dtype}: "
+            "cast one, or give both the same precision"
+        )
+    _check_scalar("logit_scale", logit_scale, image)
+    if logit_bias is not None:
+        if options.softmax:
+            raise ValueError("logit_bias is for kind='sigmoid' only: a softmax does not change with it")
+        _check_scalar("logit_bias", logit_bias, image)
+    ids = _checked_ids(ids, image, options)
+    if text_features.device != image.device:
+        raise ValueError(
+            f"text_features must be on the device of image_features, {image.device}; got {text_features.device}"
+        )
+    if gathered is None:
+        assert isinstance(text_features, Tensor)
+        gathered = GatheredFeatures(text_features, Ranks(group))
+    loss, *correct = CONTRASTIVE_LOSS(backend, image, gathered, logit_scale, logit_bias, ids, options)
+    if reduction != "none":
+        loss = loss.mean() if reduction == "mean" else loss.sum()
+    if not return_metrics:
+        return loss
+    names = ("image_to_text_accuracy", "text_to_image_accuracy")
+    return loss, {name: x.float().mean() for name, x in zip(names, correct, strict=True)}
+
+
+def _check_scalar(name: str, x: Tensor, image: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dim() != 0 or not x.is_floating_point() or x.device != image.device:
+        got = f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a 0-d floating-point tensor on {image.device}; got {got}")
+
+
+def _checked_ids(ids: Tensor | None, image: Tensor, options: Options) -> Tensor | None:
+    """`ids` where the policy reads them, else None."""
+    if not options.compares_ids:
+        return None
+    if ids is None:
+        raise ValueError(f"ids must be given with duplicates={options.duplicates!r}")
+    if ids.shape != image.shape[:1] or ids.dtype != torch.int64 or ids.device != image.device:
+        raise ValueError(
+            f"ids must be int64 [{len(image)}] on {image.device}; got {ids.dtype} {list(ids.shape)} on {ids.device}"
+        )
+    return ids.contiguous()
+
+
+class ContrastiveLoss(nn.Module):
+    """:func:`contrastive_loss` with its settings kept, called as ``loss(image_features, text_features, logit_scale)``.
+
+    Takes the place of open_clip's ``ClipLoss`` (and, with ``kind="sigmoid"``, of its ``SigLipLoss``).
+    """
+
+    def __init__(
+        self,
+        *,
+        group: dist.ProcessGroup | None = None,
+        kind: str = "softmax",
+        label_smoothing: float = 0.0,
+        duplicates: str = "negative",
+        precision: str | None = None,
+        deterministic: bool = False,
+        chunk_bytes: int | None = None,
+        reduction: str = "mean",
+        return_metrics: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("reduction", reduction, REDUCTIONS)
+        if precision is not None:
+            check_choice("precision", precision, tuple(PRECISIONS))
+        Options(kind, label_smoothing, duplicates, deterministic, chunk_bytes, return_metrics)
+        self.group = group
+        self.kind = kind
+        self.label_smoothing = label_smoothing
+        self.duplicates = duplicates
+        self.precision = precision
+        self.deterministic = deterministic
+        self.chunk_bytes = chunk_bytes
+        self.reduction = reduction
+        self.return_metrics = return_metrics
+        self.backend = backend
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor | GatheredFeatures,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        return contrastive_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            group=self.group,
+            kind=self.kind,
+            logit_bias=logit_bias,
+            label_smoothing=self.label_smoothing,
+            ids=ids,
+            duplicates=self.duplicates,
+            precision=self.precision,
+            deterministic=self.deterministic,
+            chunk_bytes=self.chunk_bytes,
+            reduction=self.reduction,
+            return_metrics=self.return_metrics,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind!r}, deterministic={self.deterministic}, reduction={self.reduction!r}"
