@@ -1,0 +1,225 @@
+"""Public functions of patch masking: validation of the arguments, then the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from farl_kernels.dispatch import Op
+from farl_kernels.patch_masking import fused, numpy_sampler, reference
+from farl_kernels.patch_masking.block_plan import MAX_PATCHES, BlockPlan
+
+PATCHIFY = Op("patchify")
+PATCHIFY.register("reference", reference.patchify)
+
+SAMPLE_BLOCK_MASKS = Op("sample_block_masks")
+SAMPLE_BLOCK_MASKS.register("numpy", numpy_sampler.sample_block_masks, numpy_sampler.refuses)
+SAMPLE_BLOCK_MASKS.register("reference", reference.sample_block_masks)
+
+MASK_PATCHES = Op("mask_patches")
+MASK_PATCHES.register("fused", fused.mask_patches, fused.refuses)
+MASK_PATCHES.register("reference", reference.mask_patches)
+
+
+def patchify(
+    images: torch.Tensor,
+    patch_size: int,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    dtype: torch.dtype,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Cut images into the patch matrix that a projection GEMM takes.
+
+    `patchify(x, p, ...) @ conv1.weight.flatten(1).T` is the patch convolution of a ViT.
+
+    Args:
+        images: uint8 [B, Hi, Wi, channels], normalised here as (x / 255 - mean) / std; or already normalised floats
+            [B, channels, Hi, Wi], which may require grad.
+        patch_size: side p of a patch in pixels; divides Hi and Wi.
+        mean, std: one number a channel in 0..1, for uint8 images only; None is 0 and 1.
+        dtype: floating dtype of the result. Pixels are normalised in fp32 (float64 for float64) and rounded once.
+        backend: None or "reference".
+
+    Returns:
+        [B, P, channels * p * p]; patches row by row, inside a patch (channel, row, column).
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or range, or an unknown backend.
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images: wanted 4 dimensions, got shape {tuple(images.shape)}")
+    if patch_size < 1:
+        raise ValueError(f"patch_size: wanted at least 1, got {patch_size}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: wanted a floating dtype, got {dtype}")
+    if images.dtype == torch.uint8:
+        (height, width), channels, layout = images.shape[1:3], images.shape[3], "[B, height, width, channels]"
+    elif images.is_floating_point():
+        (height, width), channels, layout = images.shape[2:], images.shape[1], "[B, channels, height, width]"
+        if mean is not None or std is not None:
+            raise ValueError("mean, std: they are for uint8 images; float images must come normalised")
+    else:
+        raise ValueError(f"images: wanted uint8 or a floating dtype, got {images.dtype}")
+    if height % patch_size or width % patch_size or not height or not width:
+        raise ValueError(
+            f"images: height and width of {images.dtype} {layout} must be multiples of patch_size {patch_size}, "
+            f"got shape {tuple(images.shape)}"
+        )
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != channels:
+            raise ValueError(f"{name}: wanted {channels} numbers, one a channel, got {len(values)}")
+    if std is not None and min(std) <= 0:
+        raise ValueError(f"std: wanted positive numbers, got {tuple(std)}")
+    return PATCHIFY(backend, images, patch_size, mean, std, dtype)
+
+
+def sample_block_masks(
+    sample_ids: torch.Tensor,
+    views: torch.Tensor,
+    *,
+    grid: tuple[int, int],
+    max_masked: int,
+    min_block: int = 16,
+    seed: int,
+    mode: str = "block",
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the patches to mask: a pure function of (seed, sample id, view), on the device, without a host sync.
+
+    The same three numbers give the same mask, bit for bit, on every device, in any batch, on any rank.
+
+    Args:
+        sample_ids, views: int64 [B] on one device.
+        grid: (rows, columns) of patches; P = rows * columns.
+        max_masked: the most patches to mask of a sample, 1..P.
+        min_block: smallest area of a block in patches (mode "block"). Lowered to `max_masked` and to
+            (min(rows, columns) - 1)^2, so that 16, made for 14 x 14, also works on small grids.
+        seed: any integer; its low 64 bits count.
+        mode: "block" is the block-wise sampling of BEiT (Bao et al. 2021): blocks with area uniform in
+            [min_block, patches left] and aspect ratio log-uniform in 0.3..1/0.3, up to 10 tries a block, until nothing
+            is added: at most, not always, `max_masked` patches. "random" masks exactly `max_masked` patches.
+        backend: None, "numpy" (CPU tensors) or "reference".
+
+    Returns:
+        mask bool [B, P], True = masked; positions int32 [B, max_masked], the masked patches ascending, padded with -1.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or range, or a backend that cannot run the call.
+    """
+    for name, values in (("sample_ids", sample_ids), ("views", views)):
+        if values.dtype != torch.int64 or values.ndim != 1:
+            raise ValueError(f"{name}: wanted int64 [B], got {values.dtype} of shape {tuple(values.shape)}")
+    if views.shape != sample_ids.shape or views.device != sample_ids.device:
+        raise ValueError(
+            f"views: wanted shape {tuple(sample_ids.shape)} on {sample_ids.device} as sample_ids, "
+            f"got {tuple(views.shape)} on {views.device}"
+        )
+    if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] > MAX_PATCHES:
+        raise ValueError(f"grid: wanted (rows, columns) with 1..{MAX_PATCHES} patches, got {tuple(grid)}")
+    rows, columns = grid
+    if not 1 <= max_masked <= rows * columns:
+        raise ValueError(f"max_masked: wanted 1..{rows * columns} for a grid of {rows} x {columns}, got {max_masked}")
+    if mode not in ("block", "random"):
+        raise ValueError(f'mode: wanted "block" or "random", got {mode!r}')
+    if min_block < 1:
+        raise ValueError(f"min_block: wanted at least 1, got {min_block}")
+    if mode == "block" and min(grid) < 2:
+        raise ValueError(
+            f'grid: mode "block" needs at least 2 rows and 2 columns, got {rows} x {columns}; use "random"'
+        )
+    plan = BlockPlan.build((rows, columns), max_masked, min_block)
+    return SAMPLE_BLOCK_MASKS(backend, sample_ids, views, plan, seed, mode)
+
+
+def mask_positions(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """bool [B, P] -> int32 [B, count]: indices of the True entries, ascending, padded with -1; no host sync.
+
+    `mask_positions(~mask, P - max_masked)` is `visible` for `mask_patches(mode="gather")` after "random" sampling.
+
+    Raises:
+        ValueError: `mask` is not bool [B, P], or `count` is not in 1..P.
+    """
+    if mask.dtype != torch.bool or mask.ndim != 2:
+        raise ValueError(f"mask: wanted bool [B, P], got {mask.dtype} of shape {tuple(mask.shape)}")
+    if not 1 <= count <= mask.shape[1]:
+        raise ValueError(f"count: wanted 1..{mask.shape[1]}, got {count}")
+    return reference.mask_positions(mask, count)
+
+
+def mask_patches(
+    embeddings: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    mask_token: torch.Tensor | None,
+    class_token: torch.Tensor,
+    position_embedding: torch.Tensor,
+    mode: str,
+    visible: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Turn patch embeddings into the sequences that the trunk takes: class token in front, position embedding added.
+
+    Args:
+        embeddings: floats [B, P, C].
+        mask: bool [B, P], True = replace the embedding by `mask_token` (before the position embedding is added).
+            Not read in mode "gather", where it may be None.
+        mask_token: [C], or with leading dimensions of size 1; None only in mode "gather".
+        class_token: [C], or with leading dimensions of size 1.
+        position_embedding: [P + 1, C] (or [1, P + 1, C]); row 0 belongs to the class token.
+        mode: "fork" returns the clean sequences, then the masked ones; "mask" the masked ones; "gather" the class token
+            and the `visible` patches alone (MAE, FLIP).
+        visible: int32 or int64 [B, K], distinct patch indices of a sample; -1 pads, giving a row of zeros.
+        backend: None, "fused" or "reference".
+
+    Returns:
+        "fork" [2 B, P + 1, C], "mask" [B, P + 1, C], "gather" [B, K + 1, C], in the dtype of `embeddings`; sums are
+        made in the widest dtype given and rounded once. Gradients of the parameters are summed in fp32 at least, in a
+        fixed order, and have the parameters' dtypes.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, or an unknown backend.
+    """
+    if embeddings.ndim != 3 or not embeddings.is_floating_point():
+        raise ValueError(f"embeddings: wanted floats [B, P, C], got {embeddings.dtype} {tuple(embeddings.shape)}")
+    batch, patches, channels = embeddings.shape
+    if mode not in ("fork", "mask", "gather"):
+        raise ValueError(f'mode: wanted "fork", "mask" or "gather", got {mode!r}')
+    class_token = _parameter("class_token", class_token, (channels,), embeddings)
+    position_embedding = _parameter("position_embedding", position_embedding, (patches + 1, channels), embeddings)
+    if mode == "gather":
+        if visible is None:
+            raise ValueError('visible: mode "gather" needs the visible patches, int32 [B, K], got None')
+        if visible.dtype not in (torch.int32, torch.int64) or visible.ndim != 2 or len(visible) != batch:
+            raise ValueError(f"visible: wanted int32 [{batch}, K], got {visible.dtype} {tuple(visible.shape)}")
+        _same_device("visible", visible, embeddings)
+        mask = mask_token = None
+    else:
+        if mask is None or mask.dtype != torch.bool or mask.shape != (batch, patches):
+            got = "None" if mask is None else f"{mask.dtype} {tuple(mask.shape)}"
+            raise ValueError(f"mask: wanted bool [{batch}, {patches}], got {got}")
+        _same_device("mask", mask, embeddings)
+        if mask_token is None:
+            raise ValueError(f'mask_token: mode "{mode}" needs it, got None')
+        mask_token = _parameter("mask_token", mask_token, (channels,), embeddings)
+        if visible is not None:
+            raise ValueError(f'visible: only mode "gather" takes it, not "{mode}"')
+    return MASK_PATCHES(backend, embeddings, mask, mask_token, class_token, position_embedding, mode, visible)
+
+
+def _parameter(name: str, value: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """`value` in `shape`; leading dimensions of size 1 are dropped."""
+    lead = value.ndim - len(shape)
+    if lead < 0 or tuple(value.shape[lead:]) != shape or any(size != 1 for size in value.shape[:lead]):
+        raise ValueError(f"{name}: wanted shape {shape}, got {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise ValueError(f"{name}: wanted a floating dtype, got {value.dtype}")
+    _same_device(name, value, like)
+    return value.reshape(shape)
+
+
+def _same_device(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name}: wanted on {like.device} as embeddings, got {value.device}")
