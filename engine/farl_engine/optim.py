@@ -1,0 +1,76 @@
+"""AdamW's parameter groups, the learning-rate schedule, and the guard against non-finite updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, no_decay: Callable[[str, Tensor], bool] | None = None
+) -> list[dict[str, object]]:
+    """Two AdamW groups: matrices decay; vectors, scalars and what `no_decay(name, parameter)` names do not."""
+    decayed: list[Tensor] = []
+    kept: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        spared = parameter.ndim < 2 or (no_decay is not None and no_decay(name, parameter))
+        (kept if spared else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+def warmup_cosine(step: int, *, steps: int, warmup: int, peak: float, start: float, final: float) -> float:
+    """Learning rate of the update that follows `step` completed ones.
+
+    Linear from `start` to `peak` over `warmup` steps, then a half cosine from `peak` down to `final` at `steps`.
+    """
+    if step < warmup:
+        return start + (peak - start) * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return final + 0.5 * (peak - final) * (1.0 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+class FiniteGuard:
+    """Stops all updates from the first non-finite loss or gradient on, without asking the host.
+
+    `tripped` is a flag on the device that a fused optimizer takes as its `found_inf`: once 1, that update and every
+    later one leave weights and moments as they are. The host reads it when it reads the metrics.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.tripped = torch.zeros((), dtype=torch.float32, device=device)
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._own_loss_bad = torch.zeros((), dtype=torch.bool, device=device)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make a fused `optimizer` heed the flag. Raises ValueError where the optimizer is not fused."""
+        if not optimizer.defaults.get("fused"):
+            raise ValueError("FiniteGuard needs an optimizer made with fused=True: only those read found_inf")
+        optimizer.found_inf = self.tripped  # type: ignore[attr-defined]
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+    def check(self, step: int, own_loss: Tensor, shared: Iterable[Tensor]) -> None:
+        """Trip if any of `shared` (the same on every rank: reduced loss, gradient norm) is not finite at `step`.
+
+        `own_loss` is this rank's own, kept apart to name the rank at fault.
+        """
+        bad = torch.stack([value.detach().float() for value in shared]).isfinite().all().logical_not()
+        first = bad.logical_and(self.tripped == 0)
+        self._first_bad.masked_fill_(first, step)
+        self._own_loss_bad |= first & own_loss.detach().isfinite().logical_not()
+        self.tripped.masked_fill_(bad, 1.0)
+
+    def read(self) -> tuple[int, bool] | None:
+        """(the step that went wrong, whether this rank's own loss did), or None. Waits for the device."""
+        if float(self.tripped) == 0:
+            return None
+        return int(self._first_bad), bool(self._own_loss_bad)

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from farl_engine import distributed
+from farl_engine.distributed import Verdict, Vote, World, broadcast_object, gather_objects
+
+
+def alone() -> World:
+    return World(rank=0, size=1, device=torch.device("cpu"), control=None)
+
+
+def test_a_world_of_one_agrees_with_itself_at_once() -> None:
+    vote = Vote(alone())
+    assert vote.cast(Verdict.GO) is Verdict.GO
+    assert vote.cast(Verdict.STOP) is Verdict.STOP
+    assert vote.cast_now(Verdict.FAIL) is Verdict.FAIL
+    assert vote.close() is Verdict.GO
+    assert gather_objects(alone(), "x") == ["x"]
+    assert broadcast_object(alone(), 3) == 3
+
+
+def test_unknown_and_absent_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="use auto, cpu or cuda"):
+        distributed.start("tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA GPU; use --device cpu"):
+        distributed.start("cuda")
+
+
+def _ranks_agree(rank: int, port: int, size: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = distributed.start("cpu", timeout_seconds=30)
+    assert (world.rank, world.size, world.is_main) == (rank, size, rank == 0)
+    vote = Vote(world)
+    # One rank asks to stop at its third call: all hear it at the fourth, together.
+    heard = [vote.cast(Verdict.STOP if rank == 1 and call == 2 else Verdict.GO) for call in range(4)]
+    assert heard == [Verdict.GO] * 3 + [Verdict.STOP]
+    # At once, and the open vote of the step before counts too.
+    vote.cast(Verdict.FAIL if rank == 0 else Verdict.GO)
+    assert vote.cast_now(Verdict.GO) is Verdict.FAIL
+    assert vote.cast_now(Verdict.STOP if rank == size - 1 else Verdict.GO) is Verdict.STOP
+    assert vote.close() is Verdict.GO
+    assert gather_objects(world, rank * 10) == [0, 10, 20][:size]
+    got = broadcast_object(world, {"codes": torch.arange(3)} if world.is_main else None)
+    assert got["codes"].tolist() == [0, 1, 2]
+    distributed.finish(world)
+
+
+def test_ranks_agree_one_step_late() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    mp.spawn(_ranks_agree, args=(port, 3), nprocs=3)
