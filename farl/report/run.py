@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from farl.masking import MASK_RATIO, mask_sizes
 from farl.report.curves import draw_curves, read_metrics
 from farl.report.page import write_page
 from farl.report.patches import draw_masked_patches
@@ -35,7 +36,7 @@ def write_report(
     text_tokenizer: Callable[[list[str]], Any] | None = None,
     visual_tokenizer: VisualTokens | None = None,
     token_images: Tensor | None = None,
-    max_masked: int | None = None,
+    mask_ratio: float = MASK_RATIO,
     seed: int = 0,
     batch_size: int = 64,
 ) -> Path:
@@ -48,7 +49,7 @@ def write_report(
         text_tokenizer: captions -> `PackedText`; None takes `farl.tokenizer.pack`.
         visual_tokenizer: the run's visual tokens; None leaves the picture of the masked branch out.
         token_images: uint8 [N, T, T, 3], where the tokenizer wants a size of its own.
-        max_masked: most patches to mask, as in training; None takes 75 of 196.
+        mask_ratio: largest share of patches to mask, as in training.
 
     Returns:
         The path of the page.
@@ -71,7 +72,7 @@ def write_report(
         try:
             _draw_retrieval(folder, model, images, captions, text_tokenizer, batch_size)
             if visual_tokenizer is not None and model.config.mim is not None:
-                _draw_patches(folder, model, images, visual_tokenizer, token_images, max_masked, seed)
+                _draw_patches(folder, model, images, visual_tokenizer, token_images, mask_ratio, seed)
         finally:
             model.train(was_training)
     return write_page(
@@ -90,7 +91,7 @@ def report_run(
     decoder: Any,
     visual_tokenizer: VisualTokens | None = None,
     *,
-    max_masked: int | None = None,
+    mask_ratio: float = MASK_RATIO,
     seed: int = 0,
     max_pairs: int = REPORT_PAIRS,
     threads: int = 2,
@@ -112,7 +113,7 @@ def report_run(
         batch.captions,
         visual_tokenizer=visual_tokenizer,
         token_images=batch.token_images,
-        max_masked=max_masked,
+        mask_ratio=mask_ratio,
         seed=seed,
     )
 
@@ -144,7 +145,7 @@ def _draw_patches(
     images: Tensor,
     visual_tokenizer: VisualTokens,
     token_images: Tensor | None,
-    max_masked: int | None,
+    mask_ratio: float,
     seed: int,
 ) -> None:
     count = min(MASKED_ROWS, len(images))
@@ -153,7 +154,7 @@ def _draw_patches(
     shown = images[chosen]
     source = shown if token_images is None else token_images[chosen]
     targets = visual_tokenizer(source.to(device)).cpu()
-    mask, predictions = predict_tokens(model, shown.to(device), max_masked=max_masked, seed=seed, sample_ids=chosen)
+    mask, predictions = predict_tokens(model, shown.to(device), mask_ratio=mask_ratio, seed=seed, sample_ids=chosen)
     draw_masked_patches(
         shown,
         mask,
@@ -167,13 +168,13 @@ def _draw_patches(
 
 @torch.no_grad()
 def predict_tokens(
-    model: Any, images: Tensor, *, max_masked: int | None = None, seed: int = 0, sample_ids: Tensor | None = None
+    model: Any, images: Tensor, *, mask_ratio: float = MASK_RATIO, seed: int = 0, sample_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mask images block-wise as in training and predict their visual tokens.
 
     Args:
         model: a `FaRL` with the masked branch; images: uint8 [n, H, W, 3] on its device.
-        max_masked: None takes 75 of 196 patches, the recipe's share.
+        mask_ratio: largest share of patches to mask.
 
     Returns:
         bool [n, P] and int64 [n, P] (-1 where not masked), both on the CPU.
@@ -181,13 +182,14 @@ def predict_tokens(
     from farl_kernels.patch_masking import sample_block_masks
 
     grid = model.config.vision.grid
-    patches = grid[0] * grid[1]
+    max_masked, min_block = mask_sizes(grid, mask_ratio)
     ids = torch.arange(len(images)) if sample_ids is None else sample_ids
     mask, positions = sample_block_masks(
         ids.to(images.device),
         torch.zeros(len(images), dtype=torch.int64, device=images.device),
         grid=grid,
-        max_masked=max(1, round(patches * 75 / 196)) if max_masked is None else max_masked,
+        max_masked=max_masked,
+        min_block=min_block,
         seed=seed,
     )
     _, hidden = model.visual.forward_masked(images, mask, positions)

@@ -155,7 +155,7 @@ def test_predictions_fall_on_the_masked_patches() -> None:
     images = faces(3, 32)
     with torch.no_grad():
         model.visual.lm_head.bias[7] = 1e4
-    mask, predictions = predict_tokens(model, images, max_masked=6, seed=5)
+    mask, predictions = predict_tokens(model, images, mask_ratio=6 / 16, seed=5)
     assert mask.any(1).all() and int(mask.sum(1).max()) <= 6
     assert predictions[mask].tolist() == [7] * int(mask.sum())
     assert (predictions[~mask] == -1).all()
@@ -202,7 +202,9 @@ def test_report_from_shards_leaves_out_what_cannot_be_read(tmp_path: Path) -> No
             writer.write(f"{i}", {"png": b"" if i == 4 else buffer.getvalue(), "txt": f"face {i}"})
     index = ShardIndex.build(tmp_path / "held-out-*.tar", cache=False)
     torch.manual_seed(0)
-    page = report_run(tmp_path / "run", FaRL(MODELS["farl-micro"]), index, CpuDecoder(32), FewColours(), max_masked=4)
+    page = report_run(
+        tmp_path / "run", FaRL(MODELS["farl-micro"]), index, CpuDecoder(32), FewColours(), mask_ratio=0.25
+    )
     names = ["caption_to_images.png", "image_to_captions.png", "masked_patches.png"]
     assert sorted(path.name for path in page.parent.glob("*.png")) == names
 

@@ -1,0 +1,175 @@
+"""Settings of a pre-training run: one flat dataclass, and presets as plain functions that return it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from farl.masking import MASK_RATIO
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Pre-train FaRL on image-text shards: contrast and masked image modelling in one step.
+
+    The same --run-dir resumes from its latest checkpoint by itself. Start with torchrun, or with plain python for one
+    process.
+    """
+
+    run_dir: str
+    """Folder of the run: config.json, metrics.jsonl, checkpoints/ and report/."""
+    data: str
+    """Training shards: a path, a glob in quotes, or braces like 'faces-{000000..000099}.tar'."""
+    eval_data: str = ""
+    """Held-out shards for retrieval during the run; none if empty."""
+
+    model: str = "farl-b16"
+    """Sizes of the model: farl-tiny, farl-micro, farl-s16, farl-b16, farl-l16 or farl-h14."""
+    init: str = ""
+    """Checkpoint or released weights to start from (CLIP or FaRL layout); random if empty."""
+    visual_tokens: str = "codebook"
+    """Targets of the masked patches: "codebook" (fitted on the run's own data) or "dalle:FILE.safetensors"."""
+    mim_weight: float = 1.0
+    """Weight of the masked-image loss beside the contrastive loss; 0 turns the masked branch off."""
+    mask_ratio: float = MASK_RATIO
+    """Largest share of patches to mask (block-wise sampling may mask fewer)."""
+    crop_scale: float = 0.9
+    """Smallest share of the image's area that a random crop takes."""
+
+    steps: int = 62_500
+    """Length of the schedule, in updates."""
+    stop_at: int = 0
+    """Save and leave after this many updates without changing the schedule; 0 runs to the end."""
+    global_batch: int = 5120
+    """Pairs an update, over all processes."""
+    micro_batch: int = 0
+    """Pairs a process holds in memory at once; smaller than its share means two passes with exact gradients. 0: all."""
+    seed: int = 0
+    """Seed of weights, sample order, crops and masks."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    lr_final: float = 0.0
+    """Learning rate at the end of the cosine."""
+    warmup: int = 2_000
+    """Updates of linear warm-up."""
+    weight_decay: float = 0.05
+    """AdamW's weight decay on matrices; vectors, embeddings and the logit scale have none."""
+    beta2: float = 0.98
+    """AdamW's second beta."""
+    clip_grad: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+    precision: str = "auto"
+    """Arithmetic of the towers: fp32, bf16, or auto (bf16 on a GPU, fp32 on a CPU). Weights stay fp32."""
+    checkpoint_activations: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    threads: int = 2
+    """Decoding threads a process."""
+    max_bad_fraction: float = 0.05
+    """Stop when more than this share of samples is broken."""
+    timeout: float = 300.0
+    """Seconds a process waits for another one, or for a batch, before it gives up."""
+
+    log_every: int = 50
+    """Updates between two lines of the log."""
+    eval_every: int = 2_000
+    """Updates between two evaluations on --eval-data."""
+    save_every: int = 1_000
+    """Updates between two checkpoints; 0 for none."""
+    save_minutes: float = 30.0
+    """Minutes between two checkpoints; 0 for none."""
+    keep_last: int = 3
+    """Newest checkpoints to keep; 0 keeps all."""
+    keep_every: int = 0
+    """Also keep checkpoints at multiples of this many updates."""
+    allow_mismatch: bool = False
+    """Resume although the data, the global batch or the seed differ from the checkpoint's."""
+    trackers: str = ""
+    """Also log to "tensorboard", "wandb:PROJECT", or both with a comma between."""
+
+    def __post_init__(self) -> None:
+        positive = {"steps", "global_batch", "lr", "log_every", "timeout"}
+        not_negative = {
+            *("stop_at", "micro_batch", "lr_final", "warmup", "weight_decay", "clip_grad", "threads", "eval_every"),
+            *("save_every", "save_minutes", "keep_last", "keep_every", "mim_weight", "seed"),
+        }
+        for name in sorted(positive | not_negative):
+            value = getattr(self, name)
+            if value < 0 or (name in positive and value == 0):
+                want = "more than 0" if name in positive else "0 or more"
+                raise ValueError(f"{_flag(name)} is {value}; it must be {want}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"--max-bad-fraction is {self.max_bad_fraction}; it must be between 0 and 1")
+        for name in ("crop_scale", "mask_ratio", "beta2"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{_flag(name)} is {getattr(self, name)}; it must be more than 0 and at most 1")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"--precision is {self.precision!r}; use auto, fp32 or bf16")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"--device is {self.device!r}; use auto, cpu or cuda")
+        if self.stop_at > self.steps:
+            raise ValueError(f"--stop-at {self.stop_at} lies past --steps {self.steps}; lower it or leave it out")
+        if self.warmup >= self.steps:
+            raise ValueError(f"--warmup {self.warmup} leaves nothing of --steps {self.steps}; lower it")
+        for tracker in filter(None, self.trackers.split(",")):
+            if tracker != "tensorboard" and not tracker.startswith("wandb:"):
+                raise ValueError(f"--trackers holds {tracker!r}; use tensorboard or wandb:PROJECT")
+        if self.visual_tokens != "codebook" and not self.visual_tokens.startswith("dalle:"):
+            raise ValueError(f"--visual-tokens is {self.visual_tokens!r}; use codebook or dalle:FILE.safetensors")
+
+
+def quickstart() -> TrainConfig:
+    """A small FaRL that visibly learns the embedded faces in about two minutes on a laptop's CPU."""
+    return TrainConfig(
+        run_dir="runs/quickstart",
+        data="data/quickstart/train-*.tar",
+        eval_data="data/quickstart/val-*.tar",
+        model="farl-tiny",
+        steps=200,
+        global_batch=64,
+        warmup=20,
+        lr=1e-3,
+        log_every=10,
+        eval_every=50,
+        save_every=50,
+    )
+
+
+def farl_b16() -> TrainConfig:
+    """FaRL's paper model: ViT-B/16, 20 M pairs, 16 epochs.
+
+    The released files prove the sizes. Batch, learning rate and weight decay are as remembered from the paper, not
+    verified against it (see docs/recipe.md).
+    """
+    return TrainConfig(run_dir="runs/farl-b16", data="laion-face/*.tar", lr_final=9e-4, warmup=3_906)
+
+
+def farl_b16_ep64() -> TrainConfig:
+    """As farl-b16, for the 64 epochs of FaRL's second release."""
+    return replace(farl_b16(), run_dir="runs/farl-b16-ep64", steps=250_000)
+
+
+def farl_s16() -> TrainConfig:
+    """ViT-S/16: a cheaper model for trials on one GPU."""
+    return replace(farl_b16(), run_dir="runs/farl-s16", model="farl-s16")
+
+
+def farl_l16() -> TrainConfig:
+    """ViT-L/16, the "large" of FaRL's released code (its weights were never released)."""
+    return replace(farl_b16(), run_dir="runs/farl-l16", model="farl-l16", checkpoint_activations=True)
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "quickstart": quickstart,
+    "farl-b16": farl_b16,
+    "farl-b16-ep64": farl_b16_ep64,
+    "farl-s16": farl_s16,
+    "farl-l16": farl_l16,
+}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,189 @@
+"""A pre-training run from its settings: parts, resume, loop, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from farl.config import TrainConfig
+from farl.evaluation import evaluate_retrieval
+from farl.flops import training_flops
+from farl.initialize import build_model, build_optimizer, visual_tokenizer
+from farl.masking import mask_sizes
+from farl.report import report_run
+from farl.resume import check_resumable, snapshot
+from farl.step import TrainStep, clamp_logit_scale
+from farl.tokenizer import pack
+from farl_engine import distributed
+from farl_engine.checkpoint import CheckpointStore
+from farl_engine.data import CpuDecoder, CropPlan, Loader, SampleOrder, ShardIndex
+from farl_engine.data.bad_data import check_excluded
+from farl_engine.distributed import World, say
+from farl_engine.loop import Run, Schedule, train
+from farl_engine.metrics import MetricsLog, Progress
+from farl_engine.optim import warmup_cosine
+
+EVALUATION_PAIRS = 5_000
+LR_START = 1e-6
+
+
+def pretrain(config: TrainConfig) -> None:
+    """Run `config` to its end, or to a stop signal, going on from the run folder's latest checkpoint if it has one.
+
+    Raises:
+        ValueError: settings that do not fit each other, the machine, the data or the checkpoint.
+        BadDataError, NonFiniteError, CheckpointError: see `farl_engine.loop.train`.
+    """
+    world = distributed.start(config.device, config.timeout)
+    if config.global_batch % world.size:
+        below = config.global_batch // world.size * world.size
+        raise ValueError(
+            f"--global-batch {config.global_batch} is not divisible by {world.size} processes: "
+            f"use {below or world.size} or {below + world.size}"
+        )
+    run_dir = Path(config.run_dir)
+    say(world, f"{config.model} on {world.size} x {world.device}, run folder {run_dir}")
+    index = open_shards(config.data, world, config.max_bad_fraction)
+    held_out = open_shards(config.eval_data, world, config.max_bad_fraction) if config.eval_data else None
+
+    store = CheckpointStore(run_dir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every)
+    saved = store.load() if store.latest() is not None else None
+    if saved is not None:
+        check_resumable(saved, config, index)
+    start_step: int = saved["step"] if saved is not None else 0
+    stop_at = config.stop_at or config.steps
+    if start_step >= stop_at:
+        say(world, f"nothing to do: the checkpoint is after step {start_step} of {stop_at}")
+        distributed.finish(world)
+        return
+
+    tokenizer = visual_tokenizer(config, index, world, saved)
+    model = build_model(config, tokenizer, saved).to(world.device)
+    model.checkpoint_activations = config.checkpoint_activations
+    optimizer = build_optimizer(config, model, saved)
+    if saved is not None:
+        say(world, f"going on after step {start_step}")
+    del saved
+
+    network = model if world.size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
+    max_masked, _ = mask_sizes(model.config.vision.grid, config.mask_ratio)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
+    decoder = CpuDecoder(model.config.vision.image_size, token_size=tokenizer.token_image_size if tokenizer else None)
+    log = None
+    if world.is_main:
+        log = MetricsLog(run_dir, resume_step=start_step, trackers=config.trackers)
+        (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+
+    def evaluate(step: int, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
+        return evaluate_retrieval(
+            model,
+            held_out,
+            pack,
+            world.device,
+            rank=world.rank,
+            world_size=world.size,
+            group=world.control,
+            should_stop=should_stop,
+            max_pairs=EVALUATION_PAIRS,
+            autocast=torch.bfloat16 if bf16 else None,
+        )
+
+    loader = Loader(
+        index,
+        SampleOrder(len(index), config.global_batch, config.seed),
+        decoder=decoder,
+        plan=CropPlan(scale=(config.crop_scale, 1.0)),
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        text_transform=pack,
+        threads=config.threads,
+        max_bad_fraction=config.max_bad_fraction,
+        device=world.device,
+        start_step=start_step,
+        end_step=stop_at,
+        stall_timeout=config.timeout,
+    )
+    run = Run(
+        world=world,
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        forward_backward=TrainStep(
+            network,
+            world,
+            tokenizer,
+            mim_weight=config.mim_weight,
+            mask_ratio=config.mask_ratio,
+            micro_batch=config.micro_batch,
+            seed=config.seed,
+            autocast=bf16,
+        ),
+        after_update=lambda: clamp_logit_scale(model),
+        snapshot=lambda step: snapshot(step, config, model, optimizer, tokenizer, index),
+        evaluate=evaluate if held_out is not None else None,
+        store=store,
+        log=log,
+        progress=Progress(start=start_step, total=stop_at, enabled=world.is_main),
+        schedule=schedule(config, stop_at),
+        global_batch=config.global_batch,
+        flops_per_sample=training_flops(model.config, masked=max_masked),
+        start_step=start_step,
+    )
+    with loader:
+        step, stopped_by = train(run)
+    if log is not None:
+        log.close()
+    if stopped_by is not None:
+        say(world, f"stopped by {stopped_by} after step {step}; the same command goes on from there")
+    elif step < config.steps:
+        say(world, f"left after step {step} as --stop-at asks; the same command without it goes on from there")
+    elif world.is_main:
+        page = report_run(
+            run_dir, model, held_out or index, decoder, tokenizer, mask_ratio=config.mask_ratio, seed=config.seed
+        )
+        say(world, f"done after step {step}: see {page}")
+    distributed.finish(world)
+
+
+def schedule(config: TrainConfig, stop_at: int) -> Schedule:
+    return Schedule(
+        steps=config.steps,
+        stop_at=stop_at,
+        log_every=config.log_every,
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+        save_minutes=config.save_minutes,
+        clip_norm=config.clip_grad,
+        learning_rate=lambda step: warmup_cosine(
+            step,
+            steps=config.steps,
+            warmup=config.warmup,
+            peak=config.lr,
+            start=LR_START,
+            final=config.lr_final,
+        ),
+    )
+
+
+def open_shards(shards: str, world: World, max_bad_fraction: float) -> ShardIndex:
+    """Index of `shards`. Rank 0 reads the tars first, so that the others find its file.
+
+    Raises:
+        ValueError: there are no such shards, or no sample in them.
+        BadDataError: more than `max_bad_fraction` of the samples lack an image or a caption.
+    """
+    index = ShardIndex.build(shards, progress=True) if world.is_main else None
+    distributed.barrier(world)
+    index = index or ShardIndex.build(shards)
+    check_excluded(len(index), index.problems, index.excluded_by_shard, max_bad_fraction)
+    say(world, f"{len(index):,} pairs in {len(index.shard_names)} shards, fingerprint {index.fingerprint[:12]}")
+    if index.problems:
+        say(world, "left out: " + ", ".join(f"{count} x {cause}" for cause, count in sorted(index.problems.items())))
+    return index

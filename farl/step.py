@@ -1,0 +1,204 @@
+"""One FaRL training step: contrastive loss on the clean images, masked-token loss on the masked ones, backward.
+
+Every figure it returns is this rank's share of the global one (the shares add up), and the gradients it leaves are
+those of the global batch, whatever the number of ranks or micro-batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from farl.masking import mask_sizes
+from farl.model import FaRL, PackedText, TrainingOutput
+from farl.tokens import VisualTokenizer
+from farl_engine.data import Batch
+from farl_engine.distributed import World
+from farl_kernels import contrastive_loss, gather_features, sample_block_masks
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Masked patches of a batch.
+
+    Attributes:
+        mask: bool [n, P], True = masked.
+        positions: int32 [n, K], ascending, padded with -1.
+        targets: int64 [n, K], visual tokens at `positions`, -1 where padded.
+        share: 0-d float32; multiplies this rank's sum of losses to give its share of the mean over the global batch.
+    """
+
+    mask: Tensor
+    positions: Tensor
+    targets: Tensor
+    share: Tensor
+
+    def part(self, rows: slice) -> Masks:
+        return Masks(self.mask[rows], self.positions[rows], self.targets[rows], self.share)
+
+
+class TrainStep:
+    """Callable on a `Batch`: leaves gradients on the parameters, returns this rank's shares of the figures to log.
+
+    Args:
+        network: the model, wrapped in DDP where there is more than one rank.
+        tokenizer: visual tokens for the masked branch; None trains with the contrastive loss alone.
+        mim_weight: weight of the masked-token loss.
+        mask_ratio: largest share of patches to mask in an image.
+        micro_batch: pairs in memory at once; a smaller number than the batch takes two passes (see `_accumulate`).
+        autocast: run the towers in bfloat16.
+    """
+
+    def __init__(
+        self,
+        network: FaRL | DistributedDataParallel,
+        world: World,
+        tokenizer: VisualTokenizer | None,
+        *,
+        mim_weight: float,
+        mask_ratio: float,
+        micro_batch: int,
+        seed: int,
+        autocast: bool,
+    ) -> None:
+        self._network = network
+        self._model: FaRL = network.module if isinstance(network, DistributedDataParallel) else network
+        self._world = world
+        self._tokenizer = tokenizer
+        self._mim_weight = mim_weight
+        self._max_masked, self._min_block = mask_sizes(self._model.config.vision.grid, mask_ratio)
+        self._micro_batch = micro_batch
+        self._seed = seed
+        self._autocast = autocast
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        text: PackedText = batch.text
+        images = batch.images.to(self._world.device, non_blocking=True)
+        masks = self.sample_masks(batch, images) if self._tokenizer is not None else None
+        size = len(images)
+        micro = self._micro_batch or size
+        if micro >= size:
+            return self._whole(images, text.to(self._world.device), masks)
+        parts = [slice(start, min(start + micro, size)) for start in range(0, size, micro)]
+        return self._accumulate(images, text, masks, parts)
+
+    @torch.no_grad()
+    def sample_masks(self, batch: Batch, images: Tensor) -> Masks:
+        """Masks and targets of a batch: a pure function of seed, sample ids and views (and of the pixels)."""
+        device = self._world.device
+        mask, positions = sample_block_masks(
+            batch.ids.to(device),
+            batch.views.to(device),
+            grid=self._model.config.vision.grid,
+            max_masked=self._max_masked,
+            min_block=self._min_block,
+            seed=self._seed,
+        )
+        count = (positions >= 0).sum().to(torch.float32)
+        if self._world.size > 1:
+            dist.all_reduce(count)
+        assert self._tokenizer is not None
+        source = images if batch.token_images is None else batch.token_images.to(device, non_blocking=True)
+        return Masks(mask, positions, self._tokenizer(source, positions), 1.0 / count.clamp(min=1.0))
+
+    def _forward(self, images: Tensor, text: PackedText, masks: Masks | None) -> TrainingOutput:
+        with self._precision():
+            if masks is None:
+                return self._network(images, text)
+            return self._network(images, text, mask=masks.mask, masked_positions=masks.positions, targets=masks.targets)
+
+    def _whole(self, images: Tensor, text: PackedText, masks: Masks | None) -> dict[str, Tensor]:
+        output = self._forward(images, text, masks)
+        contrast, figures = self._contrast(output.image_features, output.text_features, output.logit_scale)
+        mim, mim_figures = self._mim(output, masks)
+        # DDP averages gradients over ranks: each rank's mean is right for the contrast, and the share of the masked
+        # loss, which is a sum over ranks, is scaled up by their number.
+        (contrast + self._mim_weight * self._world.size * mim).backward()
+        return self._figures(contrast, mim, figures | mim_figures)
+
+    def _accumulate(
+        self, images: Tensor, text: PackedText, masks: Masks | None, parts: list[slice]
+    ) -> dict[str, Tensor]:
+        """Exact gradients of the whole batch from micro-batches (gradient caching, Gao et al. 2021).
+
+        The contrastive loss needs all features at once, so they are computed first without a graph; its gradient with
+        respect to them is then carried into a second pass, micro-batch by micro-batch.
+        """
+        device = self._world.device
+        texts = [text.part(rows).to(device) for rows in parts]
+        with torch.no_grad(), self._precision():
+            outputs = [self._model(images[rows], part) for rows, part in zip(parts, texts, strict=True)]
+        image_features = torch.cat([output.image_features for output in outputs]).requires_grad_()
+        text_features = torch.cat([output.text_features for output in outputs]).requires_grad_()
+        logit_scale = outputs[0].logit_scale.detach().requires_grad_()
+        contrast, figures = self._contrast(image_features, text_features, logit_scale)
+        contrast.backward()
+        assert image_features.grad is not None and text_features.grad is not None and logit_scale.grad is not None
+
+        mims: list[Tensor] = []
+        mim_figures: dict[str, Tensor] = {}
+        for index, (rows, part) in enumerate(zip(parts, texts, strict=True)):
+            last = index == len(parts) - 1
+            with contextlib.nullcontext() if last else self._no_sync():
+                some = masks.part(rows) if masks is not None else None
+                output = self._forward(images[rows], part, some)
+                mim, counted = self._mim(output, some)
+                carried = (output.image_features * image_features.grad[rows]).sum()
+                carried = carried + (output.text_features * text_features.grad[rows]).sum()
+                # The scale's gradient is whole already: it enters once.
+                carried = carried + output.logit_scale * (logit_scale.grad if last else 0.0)
+                (carried + self._mim_weight * self._world.size * mim).backward()
+            mims.append(mim.detach())
+            mim_figures = {name: mim_figures.get(name, 0) + value for name, value in counted.items()}
+        return self._figures(contrast, torch.stack(mims).sum(), figures | mim_figures)
+
+    def _contrast(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """This rank's mean of the contrastive loss over the global batch, and accuracies within it."""
+        # Normalised in fp32; the exchange and the products then run in the dtype of the towers.
+        image = F.normalize(image_features.float(), dim=-1).to(image_features.dtype)
+        text = F.normalize(text_features.float(), dim=-1).to(text_features.dtype)
+        result = contrastive_loss(image, gather_features(text), logit_scale, return_metrics=True)
+        assert isinstance(result, tuple)
+        loss, metrics = result
+        figures = {
+            "accuracy_image_to_text": metrics["image_to_text_accuracy"] / self._world.size,
+            "accuracy_text_to_image": metrics["text_to_image_accuracy"] / self._world.size,
+        }
+        return loss, figures
+
+    def _mim(self, output: TrainingOutput, masks: Masks | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """This rank's share of the mean masked-token loss of the global batch."""
+        if masks is None:
+            return torch.zeros((), device=self._world.device), {}
+        assert output.mim_loss_sum is not None and output.mim_correct is not None
+        return output.mim_loss_sum * masks.share, {"accuracy_mim": output.mim_correct * masks.share}
+
+    def _figures(self, contrast: Tensor, mim: Tensor, others: dict[str, Tensor]) -> dict[str, Tensor]:
+        contrast, mim = contrast.detach() / self._world.size, mim.detach()
+        loss = contrast + self._mim_weight * mim
+        return {"loss": loss, "loss_contrastive": contrast, "loss_mim": mim, **others}
+
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        if not self._autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(self._world.device.type, dtype=torch.bfloat16)
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[object]:
+        if isinstance(self._network, DistributedDataParallel):
+            return self._network.no_sync()
+        return contextlib.nullcontext()
+
+
+def clamp_logit_scale(model: FaRL, largest: float = 4.605170185988092) -> dict[str, Tensor]:
+    """Keep the logarithm of the scale in [0, ln 100] (Radford et al. 2021); returns the scale for the log."""
+    with torch.no_grad():
+        model.logit_scale.clamp_(0.0, largest)
+        return {"logit_scale": model.logit_scale.exp()}

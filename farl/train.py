@@ -1,0 +1,39 @@
+"""The command that pre-trains FaRL: `torchrun -m farl.train [PRESET] --run-dir D --data 'shards/*.tar' ...`."""
+
+from __future__ import annotations
+
+import sys
+
+from farl import cli
+from farl.config import PRESETS, TrainConfig
+from farl_engine import stop
+
+PROG = "farl.train"
+
+
+def read_config(argv: list[str]) -> TrainConfig:
+    """Options over those of the preset named first (quickstart if none is).
+
+    Raises:
+        ValueError: an unknown preset, or a value out of range.
+    """
+    name, rest = "quickstart", argv
+    if argv and not argv[0].startswith("-"):
+        name, rest = argv[0], argv[1:]
+    if name not in PRESETS:
+        raise ValueError(f"there is no preset {name!r}; use one of {', '.join(PRESETS)}")
+    description = f"{TrainConfig.__doc__}\n\nPresets: {', '.join(PRESETS)}. Shown here: {name}."
+    return cli.parse(TrainConfig, rest, default=PRESETS[name](), prog=PROG, description=description)
+
+
+def main() -> None:
+    # Before torch is imported, which takes seconds in which a signal would kill.
+    stop.install()
+    config = read_config(sys.argv[1:])
+    from farl.pretrain import pretrain
+
+    pretrain(config)
+
+
+if __name__ == "__main__":
+    cli.run(main, PROG)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from farl import cli
+from farl.config import PRESETS, TrainConfig
+from farl.train import read_config
+
+OPTIONS = [
+    "run_dir",
+    "data",
+    "eval_data",
+    "model",
+    "init",
+    "visual_tokens",
+    "mim_weight",
+    "mask_ratio",
+    "crop_scale",
+    "steps",
+    "stop_at",
+    "global_batch",
+    "micro_batch",
+    "seed",
+    "lr",
+    "lr_final",
+    "warmup",
+    "weight_decay",
+    "beta2",
+    "clip_grad",
+    "precision",
+    "checkpoint_activations",
+    "device",
+    "threads",
+    "max_bad_fraction",
+    "timeout",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "save_minutes",
+    "keep_last",
+    "keep_every",
+    "allow_mismatch",
+    "trackers",
+]
+
+
+def test_the_list_of_options_is_pinned_and_short() -> None:
+    """A new option is a decision: add it here as well, and keep the list under 40."""
+    assert [field.name for field in dataclasses.fields(TrainConfig)] == OPTIONS
+    assert len(OPTIONS) < 40
+
+
+def test_help_shows_every_option_with_a_text(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as leaving:
+        read_config(["quickstart", "--help"])
+    assert leaving.value.code == 0
+    shown = capsys.readouterr().out
+    for name in OPTIONS:
+        assert "--" + name.replace("_", "-") in shown
+    assert "0 runs to the end" in shown and "farl-b16" in shown
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_are_valid_and_options_override_them(name: str) -> None:
+    assert read_config([name]) == PRESETS[name]()
+    assert read_config([name, "--steps", "9999999", "--seed", "3"]).seed == 3
+
+
+def test_quickstart_is_the_default() -> None:
+    assert read_config([]) == PRESETS["quickstart"]()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--global-batch", "0"], "--global-batch is 0; it must be more than 0"),
+        (["--steps", "10", "--warmup", "1", "--stop-at", "11"], "--stop-at 11 lies past --steps 10"),
+        (["--steps", "10", "--warmup", "10"], "--warmup 10 leaves nothing of --steps 10"),
+        (["--crop-scale", "1.5"], "--crop-scale is 1.5"),
+        (["--precision", "fp8"], "--precision is 'fp8'; use auto, fp32 or bf16"),
+        (["--device", "tpu"], "--device is 'tpu'"),
+        (["--visual-tokens", "vqgan"], "use codebook or dalle:FILE.safetensors"),
+        (["--trackers", "comet"], "use tensorboard or wandb:PROJECT"),
+        (["--lr", "-1"], "--lr is -1.0"),
+    ],
+)
+def test_wrong_values_get_one_line_with_the_fix(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        cli.run(lambda: read_config(["quickstart", *options]), "farl.train")
+    assert leaving.value.code in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_preset_names_those_there() -> None:
+    with pytest.raises(ValueError, match="no preset 'quickstat'; use one of quickstart"):
+        read_config(["quickstat"])

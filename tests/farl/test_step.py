@@ -1,0 +1,146 @@
+"""One training step: the accumulated gradient is the gradient, and each figure is what it says."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from farl.model import MODELS, FaRL
+from farl.step import TrainStep, clamp_logit_scale
+from farl.tokenizer import pack
+from farl_engine.data import Batch
+from farl_engine.distributed import World
+
+N = 12
+
+
+class MeanTokens:
+    """A stand-in tokenizer: the mean of a patch's pixels, in 16 levels."""
+
+    vocab_size = 16
+    token_image_size = None
+
+    token_resample = None
+
+    def __call__(self, images: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        patches = images.float().unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4, 5))
+        tokens = (patches / 16).long().clamp(max=15).flatten(1)
+        if positions is None:
+            return tokens
+        return tokens.gather(1, positions.long().clamp(min=0)).masked_fill(positions < 0, -1)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    words = ["a face", "a smiling woman with glasses", "an old man", "a child in a red hat outdoors"]
+    captions = [f"{words[i % 4]} number {i}" for i in range(N)]
+    return Batch(
+        step=0,
+        ids=torch.arange(N) * 7,
+        used_ids=torch.arange(N) * 7,
+        views=torch.zeros(N, dtype=torch.int64),
+        images=torch.randint(0, 256, (N, 32, 32, 3), dtype=torch.uint8, generator=generator),
+        token_images=None,
+        captions=captions,
+        text=pack(captions),
+    )
+
+
+@pytest.fixture
+def model() -> FaRL:
+    torch.manual_seed(0)
+    return FaRL(MODELS["farl-micro"]).double()
+
+
+def step_of(model: FaRL, micro_batch: int = 0, *, mim: bool = True) -> TrainStep:
+    world = World(rank=0, size=1, device=torch.device("cpu"), control=None)
+    tokenizer = MeanTokens() if mim else None
+    return TrainStep(
+        model, world, tokenizer, mim_weight=0.7, mask_ratio=6 / 16, micro_batch=micro_batch, seed=1, autocast=False
+    )
+
+
+def gradients(model: FaRL) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 6, 11])
+def test_accumulated_gradients_are_those_of_the_whole_batch(micro_batch: int, model: FaRL, batch: Batch) -> None:
+    whole, parts = model, copy.deepcopy(model)
+    figures = step_of(whole)(batch)
+    accumulated = step_of(parts, micro_batch)(batch)
+    for name in figures:
+        assert torch.allclose(accumulated[name].double(), figures[name].double(), atol=1e-12), name
+    wanted, got = gradients(whole), gradients(parts)
+    assert wanted.keys() == got.keys() == dict(model.named_parameters()).keys()
+    for name in wanted:
+        assert (got[name] - wanted[name]).abs().max() <= 1e-10, name
+
+
+def test_losses_are_those_of_the_definition(model: FaRL, batch: Batch) -> None:
+    step = step_of(model)
+    figures = step(batch)
+    masks = step.sample_masks(batch, batch.images)
+    output = model(batch.images, batch.text, mask=masks.mask, masked_positions=masks.positions)
+    image = F.normalize(output.image_features, dim=1)
+    text = F.normalize(output.text_features, dim=1)
+    logits = output.logit_scale * image @ text.T
+    labels = torch.arange(N)
+    contrast = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    assert output.mim_hidden is not None
+    head = model.visual.lm_head
+    mim = F.cross_entropy(head(output.mim_hidden), masks.targets.flatten(), ignore_index=-1)
+    assert torch.allclose(figures["loss_contrastive"], contrast, atol=1e-10)
+    assert torch.allclose(figures["loss_mim"], mim, atol=1e-10)
+    assert torch.allclose(figures["loss"], contrast + 0.7 * mim, atol=1e-10)
+    accuracy = (logits.argmax(1) == labels).double().mean()
+    assert torch.allclose(figures["accuracy_image_to_text"].double(), accuracy)
+
+
+def test_masks_depend_on_sample_and_view_alone(model: FaRL, batch: Batch) -> None:
+    step = step_of(model)
+    masks = step.sample_masks(batch, batch.images)
+    shuffled = torch.randperm(N, generator=torch.Generator().manual_seed(3))
+    other = copy.copy(batch)
+    other.ids, other.images = batch.ids[shuffled], batch.images[shuffled]
+    assert torch.equal(step.sample_masks(other, other.images).mask, masks.mask[shuffled])
+    later = copy.copy(batch)
+    later.views = batch.views + 1
+    assert not torch.equal(step.sample_masks(later, later.images).mask, masks.mask)
+    assert torch.equal(masks.mask.sum(1), (masks.positions >= 0).sum(1))
+    assert torch.equal(masks.targets >= 0, masks.positions >= 0)
+
+
+def test_contrast_alone_has_no_masked_branch(batch: Batch) -> None:
+    from dataclasses import replace
+
+    model = FaRL(replace(MODELS["farl-micro"], mim=None))
+    figures = step_of(model, mim=False)(batch)
+    assert figures["loss_mim"] == 0 and torch.equal(figures["loss"], figures["loss_contrastive"])
+    assert "accuracy_mim" not in figures
+    assert gradients(model).keys() == dict(model.named_parameters()).keys()
+
+
+def test_bf16_gives_nearly_the_same_losses(batch: Batch) -> None:
+    torch.manual_seed(0)
+    model = FaRL(MODELS["farl-micro"])
+    plain = step_of(model)(batch)
+    model.zero_grad()
+    step = step_of(model)
+    step._autocast = True
+    low = step(batch)
+    assert torch.allclose(low["loss"].float(), plain["loss"].float(), rtol=0.02)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients(model).values())
+
+
+def test_logit_scale_is_kept_between_one_and_a_hundred(model: FaRL) -> None:
+    with torch.no_grad():
+        model.logit_scale.fill_(9.0)
+    assert float(clamp_logit_scale(model)["logit_scale"]) == pytest.approx(100.0)
+    with torch.no_grad():
+        model.logit_scale.fill_(-2.0)
+    assert float(clamp_logit_scale(model)["logit_scale"]) == pytest.approx(1.0)
