@@ -6,28 +6,15 @@ export FARL_DATA ?= $(wildcard $(CURDIR)/../shared/data)
 
 .PHONY: train test test-full bench lint clean
 
-.venv/installed-train: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train]'
-	touch $@
-
-.venv/installed-dev: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,dev]'
-	touch $@ .venv/installed-train
-
-data/quickstart/done: .venv/installed-train
+train: .venv/installed-train
 	$(BIN)/python -m farl.faces --out data/quickstart
-	touch $@
-
-train: data/quickstart/done
-	$(BIN)/torchrun -m farl.train quickstart --data 'data/quickstart/train-*.tar' --eval-data 'data/quickstart/val-*.tar' --run-dir runs/quickstart
+	$(BIN)/torchrun -m farl.train quickstart
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -m 'not slow and not gpu' -n 2 --dist worksteal --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu' -n 2 --dist worksteal --durations 15
 
 test-full: .venv/installed-dev
-	$(BIN)/python -m pytest -m 'not gpu' -n 2 --dist worksteal --durations 30
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n 2 --dist worksteal --durations 30
 
 bench: .venv/installed-dev
 	$(BIN)/python -m pytest bench --benchmark-only
@@ -39,3 +26,13 @@ lint: .venv/installed-dev
 
 clean:
 	rm -rf .venv data runs
+
+.venv/installed-train: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train]'
+	touch $@
+
+.venv/installed-dev: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,dev]'
+	touch .venv/installed-train $@

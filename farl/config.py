@@ -67,7 +67,7 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, or auto."""
     threads: int = 2
-    """Decoding threads a process."""
+    """Decoding threads a process; 0 decodes between the steps."""
     max_bad_fraction: float = 0.05
     """Stop when more than this share of samples is broken."""
     timeout: float = 300.0
@@ -76,7 +76,7 @@ class TrainConfig:
     log_every: int = 50
     """Updates between two lines of the log."""
     eval_every: int = 2_000
-    """Updates between two evaluations on --eval-data."""
+    """Updates between two evaluations on --eval-data, and one at the end; 0 for none."""
     save_every: int = 1_000
     """Updates between two checkpoints; 0 for none."""
     save_minutes: float = 30.0
@@ -84,7 +84,7 @@ class TrainConfig:
     keep_last: int = 3
     """Newest checkpoints to keep; 0 keeps all."""
     keep_every: int = 0
-    """Also keep checkpoints at multiples of this many updates."""
+    """Also keep checkpoints at multiples of this many updates; 0 for none."""
     allow_mismatch: bool = False
     """Resume although the data, the global batch or the seed differ from the checkpoint's."""
     trackers: str = ""
@@ -98,14 +98,16 @@ class TrainConfig:
         }
         for name in sorted(positive | not_negative):
             value = getattr(self, name)
-            if value < 0 or (name in positive and value == 0):
+            if not (value > 0 or (name in not_negative and value == 0)):
                 want = "more than 0" if name in positive else "0 or more"
                 raise ValueError(f"{_flag(name)} is {value}; it must be {want}")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"--max-bad-fraction is {self.max_bad_fraction}; it must be between 0 and 1")
-        for name in ("crop_scale", "mask_ratio", "beta2"):
+        for name in ("crop_scale", "mask_ratio"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{_flag(name)} is {getattr(self, name)}; it must be more than 0 and at most 1")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"--beta2 is {self.beta2}; it must be 0 or more and less than 1")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"--precision is {self.precision!r}; use auto, fp32 or bf16")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -117,7 +119,8 @@ class TrainConfig:
         for tracker in filter(None, self.trackers.split(",")):
             if tracker != "tensorboard" and not tracker.startswith("wandb:"):
                 raise ValueError(f"--trackers holds {tracker!r}; use tensorboard or wandb:PROJECT")
-        if self.visual_tokens != "codebook" and not self.visual_tokens.startswith("dalle:"):
+        kind, _, file = self.visual_tokens.partition(":")
+        if self.visual_tokens != "codebook" and not (kind == "dalle" and file):
             raise ValueError(f"--visual-tokens is {self.visual_tokens!r}; use codebook or dalle:FILE.safetensors")
 
 
@@ -128,7 +131,7 @@ def quickstart() -> TrainConfig:
         data="data/quickstart/train-*.tar",
         eval_data="data/quickstart/val-*.tar",
         model="farl-tiny",
-        steps=200,
+        steps=260,
         global_batch=64,
         warmup=20,
         lr=1e-3,
@@ -144,7 +147,7 @@ def farl_b16() -> TrainConfig:
     The released files prove the sizes. Batch, learning rate and weight decay are as remembered from the paper, not
     verified against it (see docs/recipe.md).
     """
-    return TrainConfig(run_dir="runs/farl-b16", data="laion-face/*.tar", lr_final=9e-4, warmup=3_906)
+    return TrainConfig(run_dir="runs/farl-b16", data="laion-face/split_*/*.tar", lr_final=9e-4, warmup=3_906)
 
 
 def farl_b16_ep64() -> TrainConfig:

@@ -46,7 +46,9 @@ class EvaluateOptions:
     device: str = "auto"
     """cpu, cuda, or auto."""
     seed: int = 0
-    """Seed of the splits of the probe."""
+    """Seed of the splits of the probe, and of --untrained weights."""
+    untrained: bool = False
+    """Take random weights of the checkpoint's sizes instead of its own: the figures that training has to beat."""
 
     def __post_init__(self) -> None:
         for name in ("max_pairs", "batch_size", "threads"):
@@ -87,7 +89,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     from farl.evaluation.features import extract_features, spread_positions
     from farl.evaluation.retrieval import figures_of
     from farl.evaluation.zero_shot import zero_shot_attributes
-    from farl.model import load_pretrained
+    from farl.model import FaRL, load_pretrained
     from farl.tokenizer import pack
     from farl_engine.data import ShardIndex
 
@@ -96,7 +98,11 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     if options.device == "cuda" and device.type != "cuda":
         raise ValueError("--device is cuda but torch sees no CUDA GPU; use --device cpu, or check the driver")
-    model = load_pretrained(options.checkpoint).to(device)
+    model = load_pretrained(options.checkpoint)
+    if options.untrained:
+        torch.manual_seed(options.seed)
+        model = FaRL(model.config)
+    model = model.to(device)
     index = ShardIndex.build(options.data)
     # A typing slip in the path of other shards should not cost the time of these.
     train_index = ShardIndex.build(options.probe_train) if options.probe_train else None
@@ -114,7 +120,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     if not len(features.positions):
         raise ValueError(f"no pair of {options.data} can be read: {features.bad or 'the shards are empty'}")
     report: dict[str, Any] = {
-        "checkpoint": _describe_checkpoint(options.checkpoint, model),
+        "checkpoint": _describe_checkpoint(options.checkpoint, model) | {"untrained": options.untrained},
         "data": _describe_data(options.data, index, features),
         "retrieval": figures_of(features, device=device),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +23,31 @@ CODEBOOK_IMAGES = 2_000
 UNDECAYED = ("positional_embedding", "class_embedding", "mask_token")
 
 
+def check_sources(config: TrainConfig, saved: dict[str, Any] | None) -> None:
+    """What can be known to be wrong before the shards are read, which may take minutes.
+
+    Raises:
+        ValueError: there is no such --model, or no such file as --init or --visual-tokens name.
+    """
+    named_sizes(config)
+    kind, _, encoder = config.visual_tokens.partition(":")
+    files = {"--visual-tokens": encoder if kind == "dalle" and config.mim_weight else ""}
+    # A resumed run has its weights from the checkpoint.
+    files["--init"] = config.init if saved is None else ""
+    for option, name in files.items():
+        if name and not Path(name).exists():
+            raise ValueError(f"{option} names {name}, which does not exist: mend the path")
+
+
 def visual_tokenizer(
     config: TrainConfig, index: ShardIndex, world: World, saved: dict[str, Any] | None
 ) -> VisualTokenizer | None:
     """Targets of the masked branch: of the checkpoint, from a file, or fitted by rank 0 on this run's own data.
 
     None where the masked branch is off.
+
+    Raises:
+        ValueError: the file does not fit, or there are too few images to fit a codebook on.
     """
     if config.mim_weight == 0:
         return None
@@ -35,26 +55,41 @@ def visual_tokenizer(
         return build_tokenizer(config.visual_tokens, grid=named_sizes(config).vision.grid, device=world.device)
     state = saved["visual_tokens"] if saved is not None else None
     if state is None:
-        sizes = named_sizes(config)
-        assert sizes.mim is not None
-        if world.is_main:
-            say(world, f"fitting {sizes.mim.vocab_size} visual tokens on the run's own patches")
-            decoder = CpuDecoder(sizes.vision.image_size)
-            with read_batches(index, [spread_positions(len(index), CODEBOOK_IMAGES)], decoder) as batches:
-                images = next(batches).images
-            fitted = PatchCodebook.fit(
-                images, patch_size=sizes.vision.patch_size, vocab_size=sizes.mim.vocab_size, seed=config.seed
-            )
-            state = fitted.state_dict()
-        state = broadcast_object(world, state)
+        fitted = fit_codebook(config, index, world).state_dict() if world.is_main else None
+        state = broadcast_object(world, fitted)
     return PatchCodebook.from_state_dict(state).to(world.device)
+
+
+def fit_codebook(config: TrainConfig, index: ShardIndex, world: World) -> PatchCodebook:
+    """A codebook of the model's number of visual tokens from images at equal distances in the run's data.
+
+    Raises:
+        ValueError: the readable ones among them have fewer patches than there are visual tokens.
+    """
+    sizes = named_sizes(config)
+    assert sizes.mim is not None
+    vocab_size = sizes.mim.vocab_size
+    say(world, f"fitting {vocab_size:,} visual tokens on the run's own patches")
+    decoder = CpuDecoder(sizes.vision.image_size)
+    with read_batches(index, [spread_positions(len(index), CODEBOOK_IMAGES)], decoder) as batches:
+        images = next(batches).images
+    patches = len(images) * sizes.vision.num_patches
+    if patches < vocab_size:
+        raise ValueError(
+            f"{len(images)} readable images in --data have {patches} patches, fewer than the {vocab_size} visual tokens "
+            f"of {config.model}: give more images, a smaller --model, or --mim-weight 0"
+        )
+    return PatchCodebook.fit(images, patch_size=sizes.vision.patch_size, vocab_size=vocab_size, seed=config.seed)
 
 
 def build_model(config: TrainConfig, tokenizer: VisualTokenizer | None, saved: dict[str, Any] | None) -> FaRL:
     """The model of the checkpoint, of --init, or a new one drawn from --seed; the same on every rank.
 
+    Of an --init file with the masked branch its blocks are kept. The head is kept if it says DALL-E's tokens as those
+    of --visual-tokens: a codebook is fitted anew for each run, and another one's head would start from wrong answers.
+
     Raises:
-        ValueError: --init holds other sizes than --model.
+        ValueError: --init cannot be read as weights, or holds other sizes than --model.
     """
     if saved is not None:
         model = FaRL(ModelConfig.from_dict(saved["model_config"]))
@@ -65,15 +100,17 @@ def build_model(config: TrainConfig, tokenizer: VisualTokenizer | None, saved: d
     if not config.init:
         return FaRL(sizes)
     given = load_pretrained(config.init)
-    if (given.config.vision, given.config.text, given.config.embed_dim) != (sizes.vision, sizes.text, sizes.embed_dim):
-        raise ValueError(f"--init {config.init} holds other sizes than --model {config.model}: name the model it holds")
+    if not same_towers(given.config, sizes):
+        fitting = next((name for name, other in MODELS.items() if same_towers(given.config, other)), None)
+        advice = f"use --model {fitting}" if fitting else f"it fits none of {', '.join(MODELS)}"
+        raise ValueError(f"--init {config.init} holds other sizes than --model {config.model}: {advice}")
     model = FaRL(replace(given.config, mim=sizes.mim))
-    fresh = model.state_dict()
-    # The masked branch stays as drawn where the file has none, or has one for another set of visual tokens.
-    kept = {
-        name: value for name, value in given.state_dict().items() if fresh.get(name, value[:0]).shape == value.shape
-    }
-    model.load_state_dict(fresh | kept)
+    drawn = model.state_dict()
+    # What the file lacks, or has in another size, stays as drawn: the masked branch and its head.
+    kept = {name: value for name, value in given.state_dict().items() if _fits(drawn.get(name), value)}
+    if config.visual_tokens == "codebook":
+        kept = {name: value for name, value in kept.items() if not name.startswith("visual.lm_head.")}
+    model.load_state_dict(drawn | kept)
     return model
 
 
@@ -92,9 +129,15 @@ def build_optimizer(config: TrainConfig, model: FaRL, saved: dict[str, Any] | No
 
 
 def named_sizes(config: TrainConfig) -> ModelConfig:
+    """The sizes that --model names. ValueError if it names none."""
     if config.model not in MODELS:
         raise ValueError(f"--model is {config.model!r}; use one of {', '.join(MODELS)}")
     return MODELS[config.model]
+
+
+def same_towers(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether weights of one can start the other; the masked branch, activation and LayerNorm's casts may differ."""
+    return (one.vision, one.text, one.embed_dim) == (other.vision, other.text, other.embed_dim)
 
 
 def with_tokens(sizes: ModelConfig, tokenizer: VisualTokenizer | None) -> ModelConfig:
@@ -103,3 +146,7 @@ def with_tokens(sizes: ModelConfig, tokenizer: VisualTokenizer | None) -> ModelC
         return replace(sizes, mim=None)
     assert sizes.mim is not None
     return replace(sizes, mim=replace(sizes.mim, vocab_size=tokenizer.vocab_size))
+
+
+def _fits(drawn: torch.Tensor | None, value: torch.Tensor) -> bool:
+    return drawn is not None and drawn.shape == value.shape

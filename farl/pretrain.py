@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from farl import report
 from farl.config import TrainConfig
 from farl.evaluation import evaluate_retrieval
 from farl.flops import training_flops
-from farl.initialize import build_model, build_optimizer, visual_tokenizer
+from farl.initialize import build_model, build_optimizer, check_sources, visual_tokenizer
 from farl.masking import mask_sizes
-from farl.report import report_run
 from farl.resume import check_resumable, snapshot
 from farl.step import TrainStep, clamp_logit_scale
 from farl.tokenizer import pack
@@ -49,17 +49,17 @@ def pretrain(config: TrainConfig) -> None:
         )
     run_dir = Path(config.run_dir)
     say(world, f"{config.model} on {world.size} x {world.device}, run folder {run_dir}")
-    index = open_shards(config.data, world, config.max_bad_fraction)
-    held_out = open_shards(config.eval_data, world, config.max_bad_fraction) if config.eval_data else None
-
     store = CheckpointStore(run_dir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every)
     saved = store.load() if store.latest() is not None else None
+    check_sources(config, saved)
+    index = open_shards(config.data, world, config.max_bad_fraction)
+    held_out = open_shards(config.eval_data, world, config.max_bad_fraction) if config.eval_data else None
     if saved is not None:
         check_resumable(saved, config, index)
     start_step: int = saved["step"] if saved is not None else 0
     stop_at = config.stop_at or config.steps
     if start_step >= stop_at:
-        say(world, f"nothing to do: the checkpoint is after step {start_step} of {stop_at}")
+        say(world, f"nothing to do: the checkpoint in {run_dir} is after step {start_step} of {stop_at}")
         distributed.finish(world)
         return
 
@@ -91,6 +91,7 @@ def pretrain(config: TrainConfig) -> None:
             group=world.control,
             should_stop=should_stop,
             max_pairs=EVALUATION_PAIRS,
+            threads=config.threads,
             autocast=torch.bfloat16 if bf16 else None,
         )
 
@@ -145,7 +146,7 @@ def pretrain(config: TrainConfig) -> None:
     elif step < config.steps:
         say(world, f"left after step {step} as --stop-at asks; the same command without it goes on from there")
     elif world.is_main:
-        page = report_run(
+        page = report.report_run(
             run_dir, model, held_out or index, decoder, tokenizer, mask_ratio=config.mask_ratio, seed=config.seed
         )
         say(world, f"done after step {step}: see {page}")
@@ -153,6 +154,7 @@ def pretrain(config: TrainConfig) -> None:
 
 
 def schedule(config: TrainConfig, stop_at: int) -> Schedule:
+    """When the loop logs, evaluates, saves and ends, and the learning rate of each update."""
     return Schedule(
         steps=config.steps,
         stop_at=stop_at,

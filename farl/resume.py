@@ -14,8 +14,8 @@ from farl.model import FaRL
 from farl.tokens import PatchCodebook, VisualTokenizer
 from farl_engine.data import ShardIndex
 
-# Settings that decide which samples come when, or what the weights mean.
-FIXED = ("model", "global_batch", "seed", "visual_tokens")
+# Settings that decide which samples come when.
+FIXED = ("global_batch", "seed")
 
 
 def snapshot(
@@ -50,25 +50,33 @@ def snapshot(
 def check_resumable(saved: dict[str, Any], config: TrainConfig, index: ShardIndex) -> None:
     """Refuse a checkpoint that the command would not continue but change.
 
-    `--allow-mismatch` lets everything but another model pass.
+    `--allow-mismatch` lets other data, another global batch or another seed pass, but not other weights.
 
     Raises:
         ValueError: one line that names each difference.
     """
-    before = saved["train_config"]
-    differences = {name: (before[name], getattr(config, name)) for name in FIXED}
-    differences["data fingerprint"] = (saved["data"]["fingerprint"][:12], index.fingerprint[:12])
-    differences = {name: pair for name, pair in differences.items() if pair[0] != pair[1]}
-    if config.allow_mismatch:
-        differences = {name: pair for name, pair in differences.items() if name == "model"}
+    before, now = saved["train_config"], asdict(config)
+    # What the weights are and predict; no option lets others pass.
+    weights = {"model": (before["model"], now["model"]), "visual tokens": (_tokens(before), _tokens(now))}
+    pairs = dict(weights)
+    if not config.allow_mismatch:
+        pairs |= {name.replace("_", " "): (before[name], now[name]) for name in FIXED}
+        pairs["data fingerprint"] = (saved["data"]["fingerprint"][:12], index.fingerprint[:12])
+    differences = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if differences:
-        what = "; ".join(f"{name.replace('_', ' ')} was {old}, is {new}" for name, (old, new) in differences.items())
-        advice = "" if "model" in differences else ", or --allow-mismatch"
+        what = "; ".join(f"{name} was {old}, is {new}" for name, (old, new) in differences.items())
+        advice = "" if differences.keys() & weights.keys() else ", or --allow-mismatch"
         raise ValueError(
             f"the checkpoint in {config.run_dir} belongs to another run: {what}. "
             f"Use another --run-dir, or the old settings{advice}"
         )
     if saved["step"] > config.steps:
         raise ValueError(
-            f"the checkpoint in {config.run_dir} is after step {saved['step']}, past --steps {config.steps}"
+            f"the checkpoint in {config.run_dir} is after step {saved['step']}, past --steps {config.steps}: "
+            "raise it, or use another --run-dir"
         )
+
+
+def _tokens(settings: dict[str, Any]) -> str:
+    """The kind of visual tokens; a file of them may move."""
+    return settings["visual_tokens"].partition(":")[0] if settings["mim_weight"] else "none (--mim-weight 0)"

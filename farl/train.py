@@ -14,14 +14,13 @@ PROG = "farl.train"
 def read_config(argv: list[str]) -> TrainConfig:
     """Options over those of the preset named first (quickstart if none is).
 
-    Raises:
-        ValueError: an unknown preset, or a value out of range.
+    An unknown preset, an unknown option or a value out of range ends the process with code 2 and one line.
     """
     name, rest = "quickstart", argv
     if argv and not argv[0].startswith("-"):
         name, rest = argv[0], argv[1:]
     if name not in PRESETS:
-        raise ValueError(f"there is no preset {name!r}; use one of {', '.join(PRESETS)}")
+        cli.fail_usage(PROG, f"there is no preset {name!r}; use one of {', '.join(PRESETS)}")
     description = f"{TrainConfig.__doc__}\n\nPresets: {', '.join(PRESETS)}. Shown here: {name}."
     return cli.parse(TrainConfig, rest, default=PRESETS[name](), prog=PROG, description=description)
 

@@ -137,16 +137,20 @@ def train(run: Run) -> tuple[int, str | None]:
             if (schedule.save_every and step % schedule.save_every == 0) or (
                 schedule.save_minutes and minutes >= schedule.save_minutes
             ):
-                reporter.raise_if_not_finite()
-                _save(run, step, background=True)
-                saved_step, saved_at = step, time.monotonic()
+                # No collective here: by the clock it may be time at this rank alone. What is not finite is raised when
+                # the ranks read the figures together.
+                if world.is_main and guard.read(guard.state().tolist()) is None:
+                    run.store.save(step, run.snapshot(step), background=True)
+                    saved_step = step
+                saved_at = time.monotonic()
             if step % COLLECT_EVERY == 0:
                 gc.collect(1)
         agreed = vote.cast_now(verdict())
         reporter.flush()
-        if step != saved_step:
-            _save(run, step, background=False)
+        reporter.raise_if_not_finite(guard.state().tolist())
         if world.is_main:
+            if step != saved_step:
+                run.store.save(step, run.snapshot(step))
             run.store.wait()
     finally:
         gc.enable()
@@ -155,11 +159,6 @@ def train(run: Run) -> tuple[int, str | None]:
     _raise_agreed_failure(world, agreed, bad_data)
     stopped_by = gather_objects(world, stop.requested()) if step < schedule.stop_at else []
     return step, next((str(name) for name in stopped_by if name), None)
-
-
-def _save(run: Run, step: int, *, background: bool) -> None:
-    if run.world.is_main:
-        run.store.save(step, run.snapshot(step), background=background)
 
 
 def _raise_agreed_failure(world: World, agreed: Verdict, bad_data: BadDataError | None) -> None:
@@ -184,7 +183,7 @@ class _Reporter:
         self._run = run
         self._guard = guard
         self._peak = device_peak_flops(run.world.device)
-        self._pending: tuple[dict[str, Any], list[str], Tensor] | None = None
+        self._pending: tuple[dict[str, Any], list[str], Callable[[], list[float]]] | None = None
         self._interval_began = time.monotonic()
         self._interval_first_step = run.start_step
         self.data_seconds = 0.0
@@ -207,21 +206,24 @@ class _Reporter:
         }
         self._interval_began, self._interval_first_step, self.data_seconds = time.monotonic(), step, 0.0
         self.flush()
-        values = torch.stack([value.detach().float() for value in figures.values()])
-        self._pending = (record, list(figures), values)
+        values = torch.stack([value.detach().double() for value in figures.values()])
+        self._pending = (record, list(figures), _start_copy(torch.cat([values, self._guard.state()])))
         if now:
             self.flush()
 
     def flush(self) -> None:
         """Write the report that waits, if any; stop the run if the guard has tripped."""
-        if self._pending is not None:
-            record, names, values = self._pending
-            self._pending = None
-            record = {"step": record["step"], **dict(zip(names, values.tolist(), strict=True)), **record}
-            if self._run.log is not None:
-                self._run.log.write(record)
-            self._run.progress.show(record["step"], _one_line(record))
-        self.raise_if_not_finite()
+        if self._pending is None:
+            return
+        record, names, copied = self._pending
+        self._pending = None
+        numbers = copied()
+        step: int = record["step"]
+        record = {"step": step, **dict(zip(names, numbers[: len(names)], strict=True)), **record}
+        if self._run.log is not None:
+            self._run.log.write(record)
+        self._run.progress.show(step, _one_line(record))
+        self.raise_if_not_finite(numbers[len(names) :])
 
     def report_evaluation(self, step: int, figures: dict[str, Any] | None) -> None:
         if figures is None:
@@ -233,13 +235,15 @@ class _Reporter:
         shown = "  ".join(f"{name} {value:.1%}" for name, value in figures.items() if name.endswith("_r1"))
         self._run.progress.say(f"evaluation after step {step}: {shown}")
 
-    def raise_if_not_finite(self) -> None:
-        found = self._guard.read()
+    def raise_if_not_finite(self, guard_state: list[float]) -> None:
+        """Save the untouched state and say what went wrong where; every rank calls this with the same flag."""
+        found = self._guard.read(guard_state)
         if found is None:
             return
         step, own = found
         run = self._run
-        _save(run, step, background=False)
+        if run.world.is_main:
+            run.store.save(step, run.snapshot(step))
         guilty = [rank for rank, bad in enumerate(gather_objects(run.world, own)) if bad]
         where = f"the loss of rank {', '.join(map(str, guilty))}" if guilty else "a gradient"
         raise NonFiniteError(
@@ -251,6 +255,22 @@ class _Reporter:
         if self._peak is None:
             return None
         return round(pairs_per_second * self._run.flops_per_sample / (self._peak * self._run.world.size), 4)
+
+
+def _start_copy(values: Tensor) -> Callable[[], list[float]]:
+    """Start copying to the host; the function returned waits for this copy alone, not for what is queued after it."""
+    if values.device.type == "cpu":
+        return values.tolist
+    host = torch.empty_like(values, device="cpu", pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def read() -> list[float]:
+        done.synchronize()
+        return host.tolist()
+
+    return read
 
 
 def _one_line(record: dict[str, Any]) -> str:

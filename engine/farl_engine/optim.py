@@ -69,8 +69,12 @@ class FiniteGuard:
         self._own_loss_bad |= first & own_loss.detach().isfinite().logical_not()
         self.tripped.masked_fill_(bad, 1.0)
 
-    def read(self) -> tuple[int, bool] | None:
-        """(the step that went wrong, whether this rank's own loss did), or None. Waits for the device."""
-        if float(self.tripped) == 0:
-            return None
-        return int(self._first_bad), bool(self._own_loss_bad)
+    def state(self) -> Tensor:
+        """float64 [3] on the device, for `read`."""
+        return torch.stack([self.tripped.double(), self._first_bad.double(), self._own_loss_bad.double()])
+
+    @staticmethod
+    def read(state: list[float]) -> tuple[int, bool] | None:
+        """From `state().tolist()`: (the step that went wrong, whether this rank's own loss did), or None."""
+        tripped, first_bad, own_loss_bad = state
+        return (int(first_bad), bool(own_loss_bad)) if tripped else None

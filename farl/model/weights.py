@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farl.model.config import Activation, MimConfig, ModelConfig, TextConfig, VisionConfig
+from farl.model.config import MODELS, Activation, MimConfig, ModelConfig, TextConfig, VisionConfig
 from farl.model.farl import FaRL
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ def load_pretrained(
         source: a .pt, .pth or .safetensors file, a checkpoint of a training run (or the run's folder, for its latest),
             or a state dict; a dict may be wrapped as {"state_dict": ...} and its names may begin with "module.".
         activation: of the MLPs; None takes what a training checkpoint says, else QuickGELU, as in CLIP and FaRL.
-        vision_heads, text_heads: None takes what a training checkpoint says, else width / 64.
+        vision_heads, text_heads: None takes what a training checkpoint says, else those of the named model with a tower
+            of that width (H/14 has 16 heads of 80), else width / 64.
         ignore: names, or patterns such as those of `MIM_KEYS`, of entries to leave out.
 
     A layout with the masked branch is taken for FaRL's, and its LayerNorm for FaRL's; else both are CLIP's.
@@ -62,7 +63,7 @@ def load_pretrained(
         config = _override(recorded, activation, vision_heads, text_heads, without_mim=not _has_mim(weights))
     else:
         if activation is None:
-            logger.info("%s does not say its activation: QuickGELU assumed, as in CLIP and FaRL", name)
+            logger.warning("%s does not say its activation: QuickGELU assumed, as in CLIP and FaRL", name)
         config = _infer_config(weights, name, activation or "quick_gelu", vision_heads, text_heads)
     with torch.device("meta"):
         model = FaRL(config)
@@ -245,6 +246,11 @@ def _layers(weights: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def _default_heads(width: int, tower: str, name: str) -> int:
+    for config in MODELS.values():
+        if config.vision.width == width:
+            return config.vision.heads
+        if config.text.width == width:
+            return config.text.heads
     if width % HEAD_WIDTH:
         raise ValueError(f"{name}: width {width} is not a multiple of {HEAD_WIDTH}: give {tower}_heads")
     return width // HEAD_WIDTH

@@ -56,14 +56,14 @@ def updated(gradient: float, guard_steps: list[float]) -> tuple[torch.Tensor, Fi
 
 def test_guard_lets_finite_updates_through() -> None:
     weight, guard, _ = updated(1.0, [2.0, 1.0])
-    assert guard.read() is None
+    assert guard.read(guard.state().tolist()) is None
     assert torch.allclose(weight, torch.full((4,), 0.8), atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_guard_stops_that_update_and_all_later_ones(bad: float) -> None:
     weight, guard, optimizer = updated(1.0, [2.0, bad, 1.0, 1.0])
-    assert guard.read() == (1, True)
+    assert guard.read(guard.state().tolist()) == (1, True)
     assert torch.allclose(weight, torch.full((4,), 0.9), atol=1e-5)
     (state,) = optimizer.state.values()
     assert state["step"] == 1
@@ -73,7 +73,7 @@ def test_guard_stops_that_update_and_all_later_ones(bad: float) -> None:
 def test_guard_tells_another_ranks_loss_from_its_own() -> None:
     guard = FiniteGuard(torch.device("cpu"))
     guard.check(5, torch.tensor(1.0), (torch.tensor(math.nan), torch.tensor(1.0)))
-    assert guard.read() == (5, False)
+    assert guard.read(guard.state().tolist()) == (5, False)
 
 
 def test_guard_refuses_an_optimizer_that_would_not_heed_it() -> None:

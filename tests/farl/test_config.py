@@ -84,7 +84,10 @@ def test_quickstart_is_the_default() -> None:
         (["--device", "tpu"], "--device is 'tpu'"),
         (["--visual-tokens", "vqgan"], "use codebook or dalle:FILE.safetensors"),
         (["--trackers", "comet"], "use tensorboard or wandb:PROJECT"),
+        (["--visual-tokens", "dalle:"], "use codebook or dalle:FILE.safetensors"),
         (["--lr", "-1"], "--lr is -1.0"),
+        (["--lr", "nan"], "--lr is nan; it must be more than 0"),
+        (["--beta2", "1"], "--beta2 is 1.0; it must be 0 or more and less than 1"),
     ],
 )
 def test_wrong_values_get_one_line_with_the_fix(
@@ -92,12 +95,14 @@ def test_wrong_values_get_one_line_with_the_fix(
 ) -> None:
     with pytest.raises(SystemExit) as leaving:
         cli.run(lambda: read_config(["quickstart", *options]), "farl.train")
-    assert leaving.value.code in (1, 2)
+    assert leaving.value.code == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
 
 
-def test_an_unknown_preset_names_those_there() -> None:
-    with pytest.raises(ValueError, match="no preset 'quickstat'; use one of quickstart"):
+def test_an_unknown_preset_names_those_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
         read_config(["quickstat"])
+    assert leaving.value.code == 2
+    assert "no preset 'quickstat'; use one of quickstart, farl-b16" in capsys.readouterr().err

@@ -169,3 +169,22 @@ def test_wrong_options_are_refused(words: list[str], message: str, capsys: pytes
 
 def test_percent() -> None:
     assert [percent(value) for value in (None, 0.0, 0.00123, 0.5, 1.0)] == ["–", "0.0 %", "0.12 %", "50.0 %", "100.0 %"]
+
+
+def test_untrained_weights_are_others_of_the_same_sizes(checkpoint: Path, tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, "faces", range(20))
+    reports = []
+    for name, words in (
+        ("own", []),
+        ("drawn", ["--untrained"]),
+        ("again", ["--untrained"]),
+        ("other", ["--untrained", "--seed", "1"]),
+    ):
+        assert main([str(checkpoint), "--data", shards, "--json", str(tmp_path / name), *words]) == 0
+        reports.append(read(tmp_path / name))
+    assert [report["checkpoint"]["untrained"] for report in reports] == [False, True, True, True]
+    assert len({report["checkpoint"]["parameters"] for report in reports}) == 1
+    ranks = [report["retrieval"]["distinct"] for report in reports]
+    assert ranks[1] == ranks[2]
+    assert ranks[0] == ranks[1]  # the checkpoint of this test was itself drawn from seed 0
+    assert ranks[3] != ranks[1]
