@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,11 +81,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """All that the command reports, as it is written to --json."""
+    """All that the command reports, as it is written to --json.
+
+    Raises:
+        ValueError: a file that cannot be read as what it should be, or nothing to evaluate on.
+        OSError: a file that cannot be read at all.
+    """
     import torch
 
     from farl.evaluation.attributes_table import read_attributes
     from farl.evaluation.features import extract_features, spread_positions
+    from farl.evaluation.provenance import describe_checkpoint, describe_data, describe_versions
     from farl.evaluation.retrieval import figures_of
     from farl.evaluation.zero_shot import zero_shot_attributes
     from farl.model import FaRL, load_pretrained
@@ -103,7 +108,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         torch.manual_seed(options.seed)
         model = FaRL(model.config)
     model = model.to(device)
-    index = ShardIndex.build(options.data)
+    index = ShardIndex.build(options.data, progress=True)
     # A typing slip in the path of other shards should not cost the time of these.
     train_index = ShardIndex.build(options.probe_train) if options.probe_train else None
     features = extract_features(
@@ -120,8 +125,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     if not len(features.positions):
         raise ValueError(f"no pair of {options.data} can be read: {features.bad or 'the shards are empty'}")
     report: dict[str, Any] = {
-        "checkpoint": _describe_checkpoint(options.checkpoint, model) | {"untrained": options.untrained},
-        "data": _describe_data(options.data, index, features),
+        "checkpoint": describe_checkpoint(options.checkpoint, model) | {"untrained": options.untrained},
+        "data": describe_data(options.data, index, features),
         "retrieval": figures_of(features, device=device),
     }
     if attributes is not None:
@@ -148,7 +153,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             )
             assert train is not None
         report["linear_probe"] = _probe(options, attributes, features, labels, matched, groups, train, train_index)
-    report["versions"] = _versions(device)
+    report["versions"] = describe_versions(device)
     report["seconds"] = round(time.monotonic() - started, 2)
     return report
 
@@ -166,6 +171,7 @@ def _probe(
     """Split, fit and judge. `groups` are people, or the keys themselves where the table names no people."""
     from farl.evaluation.attributes_table import hash_share
     from farl.evaluation.linear_probe import linear_probe
+    from farl.evaluation.provenance import describe_data
 
     by = attributes.group_column or "key"
     if train is None:
@@ -199,7 +205,7 @@ def _probe(
         "groups_on_both_sides": len(test_groups & set(train_groups)),
     }
     if train is not None:
-        about["train_data"] = _describe_data(options.probe_train, train_index, train)
+        about["train_data"] = describe_data(options.probe_train, train_index, train)
     return about | result
 
 
@@ -216,46 +222,6 @@ def _labels_of(attributes: AttributeTable, keys: list[str]) -> tuple[torch.Tenso
         return labels, matched, keys
     groups = [attributes.groups[row] if row >= 0 else key for row, key in zip(rows.tolist(), keys, strict=True)]
     return labels, matched, groups
-
-
-def _describe_checkpoint(path: str, model: Any) -> dict[str, Any]:
-    from farl_engine.checkpoint import CheckpointStore
-
-    description: dict[str, Any] = {"path": path}
-    if Path(path).is_dir():
-        stores = (CheckpointStore(folder) for folder in (Path(path) / "checkpoints", Path(path)))
-        description["step"] = next((step for store in stores if (step := store.latest()) is not None), None)
-    description["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    description["model"] = model.config.to_dict()
-    return description
-
-
-def _describe_data(path: str, index: Any, features: Features) -> dict[str, Any]:
-    return {
-        "shards": path,
-        "number_of_shards": len(index.shard_names),
-        "fingerprint": index.fingerprint,
-        "samples": len(index),
-        "evaluated": len(features.positions),
-        "bad": features.bad,
-        "problems": dict(index.problems),
-    }
-
-
-def _versions(device: torch.device) -> dict[str, str]:
-    import numpy as np
-    import torch
-
-    import farl
-
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "farl": farl.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "device": f"{device.type} ({where})",
-    }
 
 
 if __name__ == "__main__":
