@@ -22,7 +22,8 @@ RefuseFn = Callable[..., str | None]
 def use_backend(name: str | None) -> Iterator[None]:
     """Run every op called inside with backend `name`, where the op has one of that name.
 
-    Ops without a backend of that name keep their own choice; an explicit ``backend=`` at a call wins.
+    Ops without a backend of that name keep their own choice; an explicit ``backend=`` at a call wins. It holds in the
+    calling thread alone: what activation checkpointing computes again in the backward pass on a GPU takes the default.
     """
     token = _forced.set(name)
     try:

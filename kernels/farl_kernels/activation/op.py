@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from farl_kernels.activation import reference, torch_fused
+from farl_kernels.checks import check_device, describe
 from farl_kernels.dispatch import Op
 
 # Backends in order of preference: the first that does not refuse a call serves it.
@@ -26,7 +27,7 @@ def quick_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = N
         backend: None (the fastest that fits), "torch" or "reference".
 
     Returns:
-        [..., C] in the dtype of x. The gradient cannot itself be differentiated except with
+        [..., C] in the dtype of x. The gradient cannot itself be differentiated, nor taken by torch.func, except with
         ``backend="reference"``; trying raises RuntimeError.
 
     Raises:
@@ -37,7 +38,10 @@ def quick_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = N
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """GELU in its exact erf form, z * Phi(z) with z = x + bias. Arguments as for :func:`quick_gelu`."""
+    """GELU in its exact erf form, z * Phi(z) with z = x + bias, differentiable any number of times.
+
+    Arguments, result and errors as for :func:`quick_gelu`.
+    """
     _check("gelu", x, bias)
     return GELU(backend, x, bias)
 
@@ -49,8 +53,7 @@ def _check(op: str, x: Tensor, bias: Tensor | None) -> None:
         return
     if x.ndim < 1 or bias.shape != x.shape[-1:] or not bias.is_floating_point():
         raise ValueError(
-            f"{op}: bias is {bias.dtype} {tuple(bias.shape)}, want floating point {tuple(x.shape[-1:])}, "
+            f"{op}: bias is {describe(bias)}, want floating point {tuple(x.shape[-1:])}, "
             f"the last dimension of x {tuple(x.shape)}"
         )
-    if bias.device != x.device:
-        raise ValueError(f"{op}: bias is on {bias.device}, want {x.device}, the device of x")
+    check_device(op, "bias", bias, "x", x)

@@ -7,12 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from farl_kernels.precision import accumulation_dtype
+
 # QuickGELU's constant, from OpenAI's CLIP (clip/model.py).
 ALPHA = 1.702
 
 
 def _with_bias(x: Tensor, bias: Tensor | None) -> Tensor:
-    compute = torch.promote_types(x.dtype, torch.float32)
+    compute = accumulation_dtype(x.dtype)
     return x.to(compute) if bias is None else x.to(compute) + bias.to(compute)
 
 

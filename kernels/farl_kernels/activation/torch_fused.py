@@ -41,5 +41,6 @@ class _QuickGELU(torch.autograd.Function):
             raise RuntimeError('quick_gelu: for gradients of gradients use backend="reference"')
         (scaled,) = ctx.saved_tensors
         grad_x = torch.ops.aten.silu_backward(grad, scaled)
-        grad_bias = grad_x.sum_to_size(grad_x.shape[-1:]) if ctx.needs_input_grad[1] else None
+        # [None]: a sum over at least one dimension never returns grad_x itself, which would be two gradients in one.
+        grad_bias = grad_x[None].sum_to_size(grad_x.shape[-1:]) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias

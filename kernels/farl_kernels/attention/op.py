@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from farl_kernels.attention import reference, sdpa, segments, xformers_backend
 from farl_kernels.attention.padded import packed_by, single_query_by
+from farl_kernels.checks import check_device, describe
 from farl_kernels.dispatch import Op
+from farl_kernels.precision import autocast_dtype, without_autocast
 
 # Backends in order of preference: the first that does not refuse a call serves it.
 MASKED_ATTENTION = Op("masked_attention")
@@ -64,8 +64,10 @@ def masked_attention(
     if causal and q.shape[2] != k.shape[2]:
         raise ValueError(f"{op}: causal wants as many keys as queries, got M = {q.shape[2]} and N = {k.shape[2]}")
     _check_key_mask(op, key_mask, (k.shape[0], k.shape[2]), q.device)
-    (q, k, v), plain = _autocast(q, k, v)
-    with plain:
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    for name, x in (("k", k), ("v", v)):
+        _check_dtype(op, name, x, "q", q)
+    with without_autocast(q.device):
         return MASKED_ATTENTION(backend, q, k, v, causal=causal, key_mask=key_mask, scale=_scale(scale, q))
 
 
@@ -84,7 +86,8 @@ def masked_attention_packed(
 
     Args:
         qkv: [B, N, 3, H, D], or [T, 3, H, D] with `cu_seqlens`; bf16, fp16, fp32 or fp64.
-        qkv_bias: [3, H, D], added to every token and differentiated inside; None if the projection added it.
+        qkv_bias: [3, H, D], cast to the dtype of qkv, added to every token and differentiated inside; None if the
+            projection added it.
         cu_seqlens: int32 [S + 1] on the device of qkv, cumulative lengths from 0; T may exceed cu_seqlens[-1]:
             tokens past it are never read, their output and gradient are 0.
         max_seqlen: upper bound of the lengths, wanted with `cu_seqlens`. The host never reads a CUDA `cu_seqlens`,
@@ -118,12 +121,12 @@ def masked_attention_packed(
         raise ValueError(
             f"{op}: qkv_bias is {tuple(qkv_bias.shape)} on {qkv_bias.device}, want {bias_shape} on {qkv.device}"
         )
-    (qkv, bias), plain = _autocast(qkv, qkv_bias)
-    with plain:
+    qkv = _autocast(qkv)
+    with without_autocast(qkv.device):
         return MASKED_ATTENTION_PACKED(
             backend,
             qkv,
-            qkv_bias=None if bias is None else bias.to(qkv.dtype),
+            qkv_bias=None if qkv_bias is None else qkv_bias.to(qkv.dtype),
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             causal=causal,
@@ -169,8 +172,9 @@ def single_query_attention(
         max_seqlen = _check_cu_seqlens(op, cu_seqlens, max_seqlen, kv.shape[0], q.device)
         if cu_seqlens.shape[0] != q.shape[0] + 1:
             raise ValueError(f"{op}: cu_seqlens has {cu_seqlens.shape[0]} entries, want S + 1 = {q.shape[0] + 1}")
-    (q, kv), plain = _autocast(q, kv)
-    with plain:
+    q, kv = _autocast(q), _autocast(kv)
+    _check_dtype(op, "kv", kv, "q", q)
+    with without_autocast(q.device):
         return SINGLE_QUERY_ATTENTION(
             backend, q, kv, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, scale=_scale(scale, q)
         )
@@ -180,32 +184,28 @@ def _scale(scale: float | None, q: Tensor) -> float:
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def _autocast(*tensors: Any) -> tuple[list[Any], contextlib.AbstractContextManager[Any]]:
-    """The tensors in the autocast dtype, if one is active, and a context in which the backend is left alone.
-
-    As autocast does for F.scaled_dot_product_attention: float64 stays what it is.
-    """
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors), contextlib.nullcontext()
-    dtype = torch.get_autocast_dtype(device)
-    cast = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
-    return cast, torch.autocast(device, enabled=False)
+def _autocast(x: Tensor) -> Tensor:
+    """`x` in the autocast dtype, if one is active. As for F.scaled_dot_product_attention, float64 stays what it is."""
+    dtype = autocast_dtype(x.device)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
 def _check_float(op: str, name: str, x: Tensor, ndim: int, form: str) -> None:
     if x.ndim != ndim:
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, want {form}")
     if not x.is_floating_point() or x.shape[-1] == 0:
-        raise ValueError(f"{op}: {name} is {x.dtype} {tuple(x.shape)}, want floating point with a head dim >= 1")
+        raise ValueError(f"{op}: {name} is {describe(x)}, want floating point with a head dim >= 1")
 
 
 def _check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, shape: tuple[int | str, ...]) -> None:
     if x.ndim != len(shape) or any(want != got for want, got in zip(shape, x.shape, strict=True)):
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, want [{', '.join(map(str, shape))}]")
-    if x.device != like.device:
-        raise ValueError(f"{op}: {name} is on {x.device}, want {like.device}, the device of {like_name}")
-    if x.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+    check_device(op, name, x, like_name, like)
+
+
+def _check_dtype(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """After autocast, which may have made one dtype of several."""
+    if x.dtype != like.dtype:
         raise ValueError(f"{op}: {name} is {x.dtype}, want {like.dtype}, the dtype of {like_name}")
 
 
@@ -214,7 +214,7 @@ def _check_key_mask(op: str, key_mask: Tensor | None, shape: tuple[int, int], de
         return
     if key_mask.dtype != torch.bool or tuple(key_mask.shape) != shape or key_mask.device != device:
         raise ValueError(
-            f"{op}: key_mask is {key_mask.dtype} {tuple(key_mask.shape)} on {key_mask.device}, "
+            f"{op}: key_mask is {describe(key_mask)} on {key_mask.device}, "
             f"want torch.bool {shape} on {device} (True = may be attended)"
         )
 
@@ -222,7 +222,7 @@ def _check_key_mask(op: str, key_mask: Tensor | None, shape: tuple[int, int], de
 def _check_cu_seqlens(op: str, cu_seqlens: Tensor, max_seqlen: int | None, total: int, device: torch.device) -> int:
     """The bound of the lengths to work with: on CPU the true maximum, elsewhere `max_seqlen` as given."""
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"{op}: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, want torch.int32 [S + 1]")
+        raise ValueError(f"{op}: cu_seqlens is {describe(cu_seqlens)}, want torch.int32 [S + 1]")
     if cu_seqlens.device != device:
         raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, want {device}")
     if not isinstance(max_seqlen, int | torch.SymInt) or max_seqlen < 1:

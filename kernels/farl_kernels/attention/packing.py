@@ -7,6 +7,7 @@ Rows from cu_seqlens[-1] on belong to no sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,29 +20,34 @@ def segment_ids(cu_seqlens: Tensor, total: int) -> Tensor:
 
 
 class _MoveRows(torch.autograd.Function):
-    """Row i of `rows` goes to row target[i] of `size` rows, to none where target[i] == size; rows not hit are 0.
+    """Row j of the result is row source[j] of `rows` [R, C], or 0 where source[j] == R.
 
-    `inverse` is the same map seen from the other side, so that the backward moves rows too and adds none.
+    `target` is the same map seen from the other side (where each of the R rows goes, or the number of rows of the
+    result), so that the backward moves rows too and adds none.
     """
 
     @staticmethod
-    def forward(ctx, rows, target, inverse, size):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(target, inverse)
-        # One row more than needed takes what belongs nowhere: no mask has to be applied, and NaN there stays there.
-        return rows.new_zeros(size + 1, rows.shape[1]).index_copy_(0, target, rows)[:-1]
+    def forward(rows: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        # A row of zeros behind the others serves the empty places: no mask has to be applied, and no NaN is read.
+        return torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).index_select(0, source)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        target, inverse = ctx.saved_tensors
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        _, source, target = inputs
+        ctx.save_for_backward(source, target)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        source, target = ctx.saved_tensors
         # Through the Function again: the gradient of a gradient is then right as well.
-        return _MoveRows.apply(grad, inverse, target, target.shape[0]), None, None, None
+        return _MoveRows.apply(grads[0], target, source), None, None
 
 
 @dataclass(frozen=True)
 class PaddedLayout:
     """Where each packed row stands in the padded array and back. L = max_seqlen, slots = S * L."""
 
-    slot_of_row: Tensor  # int64 [T], S * L where the row is past the end
+    slot_of_row: Tensor  # int64 [T], S * L where the row is past the end (of all sequences, or of L rows)
     row_of_slot: Tensor  # int64 [S * L], T where the slot is empty
     key_mask: Tensor  # bool [S, L], True where a row stands
     sequences: int
@@ -49,7 +55,7 @@ class PaddedLayout:
 
     @classmethod
     def build(cls, cu_seqlens: Tensor, total: int, max_seqlen: int) -> PaddedLayout:
-        """`total` rows in S >= 1 sequences of at most `max_seqlen` >= 1 rows each."""
+        """`total` rows in S >= 1 sequences of at most `max_seqlen` >= 1 rows each; rows past that are left out."""
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
         sequences, device = lengths.shape[0], cu_seqlens.device
         steps = torch.arange(max_seqlen, device=device)
@@ -57,18 +63,20 @@ class PaddedLayout:
         row_of_slot = (starts[:, None] + steps).masked_fill_(~key_mask, total).flatten()
         segments = segment_ids(cu_seqlens, total)
         inside = segments.clamp(max=sequences - 1)
-        slot_of_row = inside * max_seqlen + torch.arange(total, device=device) - starts[inside]
-        slot_of_row = slot_of_row.masked_fill_(segments == sequences, sequences * max_seqlen)
+        step = torch.arange(total, device=device) - starts[inside]
+        # A bound that is too small cuts sequences; without it a row would meet another sequence, or leave the array.
+        nowhere = (segments == sequences) | (step >= max_seqlen)
+        slot_of_row = (inside * max_seqlen + step).masked_fill_(nowhere, sequences * max_seqlen)
         return cls(slot_of_row, row_of_slot, key_mask, sequences, max_seqlen)
 
     def pad(self, rows: Tensor) -> Tensor:
         """[T, ...] -> [S, L, ...], zero in empty slots."""
         flat = rows.reshape(rows.shape[0], -1)
-        out = _MoveRows.apply(flat, self.slot_of_row, self.row_of_slot, self.row_of_slot.shape[0])
+        out = _MoveRows.apply(flat, self.row_of_slot, self.slot_of_row)
         return out.view(self.sequences, self.length, *rows.shape[1:])
 
     def unpad(self, padded: Tensor) -> Tensor:
         """[S, L, ...] -> [T, ...], zero past the end."""
         flat = padded.reshape(self.row_of_slot.shape[0], -1)
-        out = _MoveRows.apply(flat, self.row_of_slot, self.slot_of_row, self.slot_of_row.shape[0])
+        out = _MoveRows.apply(flat, self.slot_of_row, self.row_of_slot)
         return out.view(-1, *padded.shape[2:])

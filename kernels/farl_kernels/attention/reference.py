@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from farl_kernels.attention.packing import segment_ids
+from farl_kernels.precision import accumulation_dtype
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
     """q [..., M, D], k and v [..., N, D], `allowed` bool broadcastable to [..., M, N] -> [..., M, D]."""
-    compute = torch.promote_types(q.dtype, torch.float32)
+    compute = accumulation_dtype(q.dtype)
     scores = (q.to(compute) @ k.to(compute).mT) * scale
     if allowed is None:
         probabilities = scores.softmax(-1)
@@ -52,7 +53,7 @@ def attention_packed(
     scale: float,
 ) -> Tensor:
     """[B, N, 3, H, D] -> [B, N, H, D]; [T, 3, H, D] with `cu_seqlens` -> [T, H, D] over a T x T block-diagonal mask."""
-    compute = torch.promote_types(qkv.dtype, torch.float32)
+    compute = accumulation_dtype(qkv.dtype)
     rows = qkv.to(compute)
     allowed = None
     if cu_seqlens is not None:

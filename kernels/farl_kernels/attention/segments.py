@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from farl_kernels.attention.packing import segment_ids
+from farl_kernels.precision import accumulation_dtype
 
 
 def refuses(q: Tensor, kv: Tensor, *, cu_seqlens: Tensor | None, **kwargs: Any) -> str | None:
@@ -25,7 +26,7 @@ def attention_single_query(
 ) -> Tensor:
     """q [S, H, D], kv [T, 2, H, D] -> [S, H, D]."""
     assert cu_seqlens is not None
-    compute = torch.promote_types(q.dtype, torch.float32)
+    compute = accumulation_dtype(q.dtype)
     sequences, heads, _ = q.shape
     segments = segment_ids(cu_seqlens, kv.shape[0])
     # Tokens past the end go to a query S of their own, which is dropped: whatever stands there, it meets no other row.

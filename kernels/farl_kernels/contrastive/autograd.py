@@ -20,7 +20,7 @@ from farl_kernels.contrastive.exchange import GatheredFeatures, Ranks
 from farl_kernels.contrastive.options import Options
 from farl_kernels.contrastive.reference import COMBINE, AxisTerms, Backend, Statistics, Tile
 from farl_kernels.contrastive.targets import linear_term, uniform_gradient
-from farl_kernels.gemm import accumulation_dtype
+from farl_kernels.precision import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ class ContrastiveFunction(torch.autograd.Function):
         texts = call.gathered.wait()
         images = ranks.all_gather(image) if options.deterministic else None
         all_ids = None if ids is None else ranks.all_gather(ids)
-        s = scale.to(accumulation_dtype(image.dtype))
-        b = None if bias is None else bias.to(s.dtype)
+        # Copies: torch.compile cannot keep for the backward what may be an input itself.
+        s = scale.to(accumulation_dtype(image.dtype), copy=True)
+        b = None if bias is None else bias.to(s.dtype, copy=True)
         tile = Tile(image, texts, ranks.rank * len(image), s, b, ids, all_ids, options)
         both_axes = options.softmax or options.metrics
         if images is None:
@@ -107,7 +108,6 @@ class ContrastiveFunction(torch.autograd.Function):
         ctx.save_for_backward(image, text, texts, images, s, b, ids, all_ids, cosines, pull, row_lse, column_lse)
         ctx.scalar_dtypes = scale.dtype, s.dtype if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        call.gathered.returning.losses += 1
         if not options.metrics:
             return (loss.to(s.dtype),)
         correct = _correct(row, row["own"]), _correct(column, column.get("own", row["own"]))
@@ -179,9 +179,9 @@ class ContrastiveFunction(torch.autograd.Function):
             if d_text is not None and images is not None:
                 d_text -= uniform_gradient(images.to(s.dtype), uniform[here], uniform)
         if d_texts is not None:
-            # float16 would lose gradients of 1/N on the way.
             text_dtype = text.dtype  # `finish` must not hold `text`, whose graph leads to `returning`
-            wire = s.dtype if text.dtype == torch.float16 else text.dtype
+            # Only what travels is rounded, and not to float16, which would lose gradients of 1/N on the way.
+            wire = s.dtype if ranks.world_size == 1 or text_dtype == torch.float16 else text_dtype
             arrive = ranks.start_reduce_scatter((d_texts * s).to(wire), s.dtype)
 
             def finish() -> Tensor:

@@ -1,6 +1,8 @@
 """What the ranks of a contrastive loss send each other: features, column statistics, text gradients.
 
-Nothing is rounded on the way: tensors travel in the dtype in which they are computed.
+Features travel in the dtype of the computation and are not rounded on the way. Text gradients travel in the features'
+dtype (float16 features: in float32), so that a rank's share is rounded to bfloat16 where the features are; NCCL adds
+the shares in that dtype, on the CPU they are added in full precision.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from farl_kernels.contrastive.options import OP
+
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -21,12 +25,12 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         initialised = dist.is_available() and dist.is_initialized()
         if group is not None and not initialised:
-            raise ValueError("group is given but torch.distributed is not initialised: call init_process_group first")
+            raise ValueError(f"{OP}: group is given, want torch.distributed initialised first (init_process_group)")
         self.group = group
         self.rank = dist.get_rank(group) if initialised else 0
         self.world_size = dist.get_world_size(group) if initialised else 1
         if self.rank < 0:
-            raise ValueError("group does not hold this rank: call the loss on the group's own ranks only")
+            raise ValueError(f"{OP}: group does not hold this rank, want calls on the group's own ranks only")
 
     def start_all_gather(self, x: Tensor) -> tuple[Tensor, dist.Work | None]:
         """[n, ...] -> ([W * n, ...] by rank, the work to wait for)."""
@@ -87,12 +91,15 @@ class Ranks:
         """Raise ValueError on every rank unless all of them hold as many features of one dtype.
 
         A few bytes are gathered every time, because the gather of unequal features would hang. They are read at once
-        on the CPU; on a GPU only where the shape is new to this process, so that later steps do not wait.
+        on the CPU; on a GPU only where the shape is new to this process, so that later steps do not wait: there, a
+        difference that arises later is an error on the ranks whose shape is new, and the others wait for them.
         """
         if self.world_size == 1:
             return
         mine = (*features.shape, _DTYPES.index(features.dtype))
-        every = self.all_gather(torch.tensor([mine], device=features.device))
+        # Filled on the device: a tensor made of a list would be copied there, and the host would wait for the copy.
+        told = [torch.full((1, 1), number, dtype=torch.int64, device=features.device) for number in mine]
+        every = self.all_gather(torch.cat(told, dim=1))
         if features.is_cuda:
             seen = (self.group, mine)
             if seen in _seen_shapes or torch.cuda.is_current_stream_capturing():
@@ -100,8 +107,8 @@ class Ranks:
             _seen_shapes.add(seen)
         shapes = every.tolist()
         if any(shape != shapes[0] for shape in shapes):
-            told = ", ".join(f"rank {r}: [{n}, {d}] {_DTYPES[t]}" for r, (n, d, t) in enumerate(shapes))
-            raise ValueError(f"text_features must have one shape and dtype on all ranks; got {told}")
+            listed = ", ".join(f"rank {r}: [{n}, {d}] {_DTYPES[t]}" for r, (n, d, t) in enumerate(shapes))
+            raise ValueError(f"{OP}: text_features differs between ranks ({listed}), want one shape and dtype")
 
 
 def _started(work: dist.Work | None) -> dist.Work:

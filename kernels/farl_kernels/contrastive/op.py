@@ -6,20 +6,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from farl_kernels.checks import check_choice, check_device, describe
 from farl_kernels.contrastive.autograd import Call, ContrastiveFunction
 from farl_kernels.contrastive.exchange import GatheredFeatures, Ranks
-from farl_kernels.contrastive.options import REDUCTIONS, Options, check_choice
+from farl_kernels.contrastive.options import OP, REDUCTIONS, Options
 from farl_kernels.contrastive.reference import REFERENCE
 from farl_kernels.dispatch import Op
+from farl_kernels.precision import without_autocast
 
-CONTRASTIVE_LOSS = Op("contrastive_loss")
+CONTRASTIVE_LOSS = Op(OP)
 PRECISIONS = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 
 
 def _reference(
     image: Tensor, gathered: GatheredFeatures, scale: Tensor, bias: Tensor | None, ids: Tensor | None, options: Options
 ) -> tuple[Tensor, ...]:
-    with torch.autocast(image.device.type, enabled=False):
+    gathered.returning.losses += 1
+    with without_autocast(image.device):
         return ContrastiveFunction.apply(image, gathered.local, scale, bias, ids, Call(gathered, options, REFERENCE))
 
 
@@ -29,11 +32,10 @@ CONTRASTIVE_LOSS.register("reference", _reference)
 def _features(name: str, features: Tensor, precision: str | None) -> Tensor:
     """`features` in the dtype of the computation."""
     if not isinstance(features, Tensor) or features.dim() != 2 or not features.is_floating_point() or not len(features):
-        got = f"{features.dtype} {list(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(f"{name} must be a floating-point tensor [n, D] with n >= 1; got {got}")
+        raise ValueError(f"{OP}: {name} is {describe(features)}, want a floating-point tensor [n, D] with n >= 1")
     if precision is None:
         return features
-    check_choice("precision", precision, tuple(PRECISIONS))
+    check_choice(OP, "precision", precision, tuple(PRECISIONS))
     return features.to(PRECISIONS[precision])
 
 
@@ -53,7 +55,8 @@ def gather_features(
             or "fp32". The last two keep float32; TF32 is used by backends that have it.
 
     Raises:
-        ValueError: an argument does not fit, or n, D or the dtype differ between ranks (then on every rank).
+        ValueError: an argument does not fit, or n, D or the dtype differ between ranks (then on every rank; on GPUs
+            after the first step, on those ranks whose shape is new).
     """
     return GatheredFeatures(_features("text_features", text_features, precision), Ranks(group))
 
@@ -85,6 +88,9 @@ def contrastive_loss(
     global mean after the averaging of DDP or FSDP. The scale's and the bias's gradients are right after averaging
     too, but split between ranks in another way than open_clip's.
 
+    torch.compile traces it in one process; with several ranks call it (and :func:`gather_features`) outside of what is
+    compiled. torch.func does not differentiate it.
+
     Args:
         image_features: float [n, D], usually L2-normalised. Their dtype is that of the products (sums are float32, or
             float64 for float64) unless `precision` says otherwise; autocast does not change it.
@@ -114,13 +120,13 @@ def contrastive_loss(
         ValueError: an argument does not fit; the message names it.
         RuntimeError: a second derivative is asked for.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice(OP, "reduction", reduction, REDUCTIONS)
     options = Options(kind, label_smoothing, duplicates, deterministic, chunk_bytes, return_metrics)
     image = _features("image_features", image_features, precision)
     if isinstance(text_features, GatheredFeatures):
         gathered = text_features
         if group is not None and group is not gathered.ranks.group:
-            raise ValueError("group differs from the one given to gather_features: leave it out here")
+            raise ValueError(f"{OP}: group differs from that of gather_features, want it there only")
         if precision is None:
             image = image.to(gathered.dtype)
         text_dtype = gathered.dtype
@@ -129,24 +135,20 @@ def contrastive_loss(
         text_features = _features("text_features", text_features, precision)
         text_dtype = text_features.dtype
     if text_features.shape != image.shape:
-        raise ValueError(
-            f"text_features must have the shape of image_features {list(image.shape)}; got {list(text_features.shape)}"
-        )
+        shapes = f"{tuple(text_features.shape)}, want {tuple(image.shape)}"
+        raise ValueError(f"{OP}: text_features has shape {shapes}, the shape of image_features")
+    check_device(OP, "text_features", text_features, "image_features", image)
     if text_dtype != image.dtype:
         raise ValueError(
-            f"image_features and text_features must have one dtype; got {image.dtype} and {text_dtype}: "
+            f"{OP}: text_features is {text_dtype}, want {image.dtype}, the dtype of image_features: "
             "cast one, or give both the same precision"
         )
     _check_scalar("logit_scale", logit_scale, image)
     if logit_bias is not None:
         if options.softmax:
-            raise ValueError("logit_bias is for kind='sigmoid' only: a softmax does not change with it")
+            raise ValueError(f"{OP}: logit_bias is given, want None with kind='softmax', which does not change with it")
         _check_scalar("logit_bias", logit_bias, image)
     ids = _checked_ids(ids, image, options)
-    if text_features.device != image.device:
-        raise ValueError(
-            f"text_features must be on the device of image_features, {image.device}; got {text_features.device}"
-        )
     if gathered is None:
         assert isinstance(text_features, Tensor)
         gathered = GatheredFeatures(text_features, Ranks(group))
@@ -161,8 +163,8 @@ def contrastive_loss(
 
 def _check_scalar(name: str, x: Tensor, image: Tensor) -> None:
     if not isinstance(x, Tensor) or x.dim() != 0 or not x.is_floating_point() or x.device != image.device:
-        got = f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} must be a 0-d floating-point tensor on {image.device}; got {got}")
+        on = f" on {x.device}" if isinstance(x, Tensor) else ""
+        raise ValueError(f"{OP}: {name} is {describe(x)}{on}, want a 0-d floating-point tensor on {image.device}")
 
 
 def _checked_ids(ids: Tensor | None, image: Tensor, options: Options) -> Tensor | None:
@@ -170,11 +172,9 @@ def _checked_ids(ids: Tensor | None, image: Tensor, options: Options) -> Tensor 
     if not options.compares_ids:
         return None
     if ids is None:
-        raise ValueError(f"ids must be given with duplicates={options.duplicates!r}")
+        raise ValueError(f"{OP}: ids is None, want int64 [{len(image)}] with duplicates={options.duplicates!r}")
     if ids.shape != image.shape[:1] or ids.dtype != torch.int64 or ids.device != image.device:
-        raise ValueError(
-            f"ids must be int64 [{len(image)}] on {image.device}; got {ids.dtype} {list(ids.shape)} on {ids.device}"
-        )
+        raise ValueError(f"{OP}: ids is {describe(ids)} on {ids.device}, want int64 [{len(image)}] on {image.device}")
     return ids.contiguous()
 
 
@@ -199,9 +199,9 @@ class ContrastiveLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice(OP, "reduction", reduction, REDUCTIONS)
         if precision is not None:
-            check_choice("precision", precision, tuple(PRECISIONS))
+            check_choice(OP, "precision", precision, tuple(PRECISIONS))
         Options(kind, label_smoothing, duplicates, deterministic, chunk_bytes, return_metrics)
         self.group = group
         self.kind = kind

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from farl_kernels.checks import check_choice
+
+OP = "contrastive_loss"  # the name that error messages begin with
 KINDS = ("softmax", "sigmoid")
 DUPLICATES = ("negative", "mask", "multi_positive")
 REDUCTIONS = ("mean", "sum", "none")
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -27,14 +24,14 @@ class Options:
     metrics: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, KINDS)
-        check_choice("duplicates", self.duplicates, DUPLICATES)
+        check_choice(OP, "kind", self.kind, KINDS)
+        check_choice(OP, "duplicates", self.duplicates, DUPLICATES)
         if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing must be in [0, 1); got {self.label_smoothing}")
+            raise ValueError(f"{OP}: label_smoothing is {self.label_smoothing}, want a number in [0, 1)")
         if self.label_smoothing and self.kind == "sigmoid":
-            raise ValueError("label_smoothing is for kind='softmax' only; got kind='sigmoid'")
+            raise ValueError(f"{OP}: label_smoothing is {self.label_smoothing}, want 0 with kind='sigmoid'")
         if self.chunk_bytes is not None and self.chunk_bytes < 1:
-            raise ValueError(f"chunk_bytes must be a positive number of bytes; got {self.chunk_bytes}")
+            raise ValueError(f"{OP}: chunk_bytes is {self.chunk_bytes}, want a positive number of bytes")
 
     @property
     def softmax(self) -> bool:

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farl_kernels.contrastive.options import Options
-from farl_kernels.gemm import accumulation_dtype, matmul, matmul_add_
+from farl_kernels.gemm import logit_chunk_bytes, matmul, matmul_add_
+from farl_kernels.precision import accumulation_dtype
 
 Statistics = dict[str, Tensor]
 
@@ -56,7 +57,7 @@ class Tile:
 
     def chunks(self) -> Iterator[slice]:
         """Column ranges for which one chunk of logits fits into ``options.chunk_bytes``."""
-        budget = self.options.chunk_bytes or (2**28 if self.rows.is_cuda else 2**22)
+        budget = self.options.chunk_bytes or logit_chunk_bytes(self.rows.device)
         row_bytes = accumulation_dtype(self.rows.dtype).itemsize * max(1, len(self.rows))
         width = max(1, budget // row_bytes)
         for start in range(0, len(self.columns), width):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
+from farl_kernels.checks import check_device, describe
 from farl_kernels.dispatch import Op
 from farl_kernels.layer_norm import apex_backend, reference, torch_fused
+from farl_kernels.precision import without_autocast
 
 # Backends in order of preference: the first that does not refuse a call serves it.
 ADD_LAYER_NORM = Op("add_layer_norm")
@@ -43,25 +43,23 @@ def add_layer_norm(
         backend: None (the fastest that fits), "torch", "reference" or "apex".
 
     Returns:
-        (normalised [..., C] in the dtype of x, sum [..., C] in the wider dtype of x and residual).
+        (normalised [..., C] in the dtype of x, sum [..., C] in the wider dtype of x and residual). Where nothing is
+        added, the sum may be x itself.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, or a backend that cannot serve the call.
     """
     op = "add_layer_norm"
     if x.ndim < 1 or not x.is_floating_point() or x.shape[-1] == 0:
-        raise ValueError(f"{op}: x is {x.dtype} {tuple(x.shape)}, want floating point [..., C] with C >= 1")
+        raise ValueError(f"{op}: x is {describe(x)}, want floating point [..., C] with C >= 1")
     wanted = {"residual": (residual, x.shape)}
     wanted |= {name: (p, x.shape[-1:]) for name, p in (("weight", weight), ("bias", bias), ("x_bias", x_bias))}
     for name, (tensor, shape) in wanted.items():
         if tensor is None:
             continue
         if tensor.shape != shape or not tensor.is_floating_point():
-            raise ValueError(
-                f"{op}: {name} is {tensor.dtype} {tuple(tensor.shape)}, want floating point {tuple(shape)}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, want {x.device}, the device of x")
+            raise ValueError(f"{op}: {name} is {describe(tensor)}, want floating point {tuple(shape)}")
+        check_device(op, name, tensor, "x", x)
     if row_scale is not None:
         if not 1 <= row_scale.ndim < x.ndim or row_scale.shape != x.shape[: row_scale.ndim]:
             raise ValueError(
@@ -73,10 +71,8 @@ def add_layer_norm(
         raise ValueError(f"{op}: affine_dtype is {affine_dtype}, want torch.float32 (CLIP) or None (FaRL)")
     if not eps >= 0:
         raise ValueError(f"{op}: eps is {eps}, want a number >= 0")
-    device = x.device.type
     # Left alone, CUDA autocast would give a float32 result here; this op keeps the dtype of x.
-    plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-    with plain:
+    with without_autocast(x.device):
         return ADD_LAYER_NORM(
             backend,
             x,

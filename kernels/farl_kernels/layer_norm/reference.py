@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from farl_kernels.precision import accumulation_dtype
+
 
 def residual_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
     """The dtype of the new residual: the wider of the two summands."""
@@ -35,7 +37,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """x [..., C] -> (normalised [..., C] in the dtype of x, new residual [..., C])."""
     stored = residual_dtype(x, residual)
-    compute = torch.promote_types(stored, torch.float32)
+    compute = accumulation_dtype(stored)
     summed = x.to(compute)
     if x_bias is not None:
         summed = summed + x_bias.to(compute)

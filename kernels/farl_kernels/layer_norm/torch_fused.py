@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farl_kernels.layer_norm.reference import residual_dtype, spread
+from farl_kernels.precision import accumulation_dtype
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -30,7 +31,7 @@ def add_layer_norm_by(layer_norm: Callable[..., Tensor]) -> Callable[..., tuple[
         row_scale: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         summed = _sum(x, residual, x_bias, row_scale)
-        compute = torch.promote_types(summed.dtype, torch.float32)
+        compute = accumulation_dtype(summed.dtype)
         if affine_dtype is None and x.dtype != compute:
             # Cast first, affine after, both in the dtype of x.
             normalised = layer_norm(summed, None, None, eps).to(x.dtype)
@@ -48,14 +49,15 @@ def add_layer_norm_by(layer_norm: Callable[..., Tensor]) -> Callable[..., tuple[
 
 def _sum(x: Tensor, residual: Tensor | None, x_bias: Tensor | None, row_scale: Tensor | None) -> Tensor:
     """residual + row_scale * (x + x_bias) in as few passes as eager PyTorch allows."""
-    stored = residual_dtype(x, residual)
-    if x_bias is not None:
-        x = x + x_bias.to(x.dtype)
     if row_scale is None:
+        x = x if x_bias is None else x + x_bias.to(x.dtype)
         return x if residual is None else residual + x
-    scale = spread(row_scale.to(stored), x)
-    x = x.to(stored)
-    return x * scale if residual is None else torch.addcmul(residual.to(stored), x, scale)
+    stored = residual_dtype(x, residual)
+    compute = accumulation_dtype(stored)  # a factor like 1 / 0.9 in 16 bits would make all of a sample too small
+    x = x.to(compute) if x_bias is None else x.to(compute) + x_bias.to(compute)
+    scale = spread(row_scale.to(compute), x)
+    summed = x * scale if residual is None else torch.addcmul(residual.to(compute), x, scale)
+    return summed.to(stored)
 
 
 add_layer_norm = add_layer_norm_by(_layer_norm)

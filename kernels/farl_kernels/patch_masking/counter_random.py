@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 GOLDEN = 0x9E3779B97F4A7C15
 _FACTOR_1 = 0xBF58476D1CE4E5B9
@@ -31,24 +32,24 @@ def mix64_int(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def logical_right_shift(values: torch.Tensor, bits: int) -> torch.Tensor:
+def logical_right_shift(values: Tensor, bits: int) -> Tensor:
     """int64 -> int64, zeros shifted in."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def mix64(values: torch.Tensor) -> torch.Tensor:
+def mix64(values: Tensor) -> Tensor:
     """SplitMix64's finaliser of an int64 tensor of any shape."""
     values = (values ^ logical_right_shift(values, 30)) * _signed(_FACTOR_1)
     values = (values ^ logical_right_shift(values, 27)) * _signed(_FACTOR_2)
     return values ^ logical_right_shift(values, 31)
 
 
-def sample_keys(sample_ids: torch.Tensor, views: torch.Tensor, seed: int) -> torch.Tensor:
+def sample_keys(sample_ids: Tensor, views: Tensor, seed: int) -> Tensor:
     """int64 [B], int64 [B] -> the generator state of each (seed, sample id, view), int64 [B]."""
     return mix64(mix64(sample_ids + _signed(mix64_int(seed + GOLDEN))) + views)
 
 
-def draws(keys: torch.Tensor, first: int, count: int) -> torch.Tensor:
+def draws(keys: Tensor, first: int, count: int) -> Tensor:
     """int64 [B] -> int64 [B, count]: draws `first` .. `first + count - 1` of every generator, 64 random bits each."""
     counters = torch.arange(first + 1, first + count + 1, device=keys.device, dtype=torch.int64) * _signed(GOLDEN)
     return mix64(keys[:, None] + counters)

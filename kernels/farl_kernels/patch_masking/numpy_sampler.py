@@ -10,6 +10,7 @@ import functools
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from farl_kernels.patch_masking.block_plan import (
     ASPECT_COUNT,
@@ -26,7 +27,7 @@ _WORD_BITS = 16
 _TRIES_AT_ONCE = 16  # random numbers are drawn for this many tries ahead
 
 
-def refuses(sample_ids: torch.Tensor, *_: object) -> str | None:
+def refuses(sample_ids: Tensor, *_: object) -> str | None:
     """Why this backend cannot serve a call: it needs real CPU tensors."""
     if sample_ids.device.type != "cpu":
         return f"it runs on CPU tensors, sample_ids are on {sample_ids.device}"
@@ -36,8 +37,8 @@ def refuses(sample_ids: torch.Tensor, *_: object) -> str | None:
 
 
 def sample_block_masks(
-    sample_ids: torch.Tensor, views: torch.Tensor, plan: BlockPlan, seed: int, mode: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+    sample_ids: Tensor, views: Tensor, plan: BlockPlan, seed: int, mode: str
+) -> tuple[Tensor, Tensor]:
     """See :func:`farl_kernels.patch_masking.op.sample_block_masks`."""
     keys = sample_keys_numpy(sample_ids.numpy(), views.numpy(), seed)
     mask = _random_masks(keys, plan) if mode == "random" else _block_masks(keys, plan)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from farl_kernels.checks import check_choice, check_device, describe
 from farl_kernels.dispatch import Op
-from farl_kernels.patch_masking import fused, numpy_sampler, reference
+from farl_kernels.patch_masking import numpy_sampler, reference, torch_fused
 from farl_kernels.patch_masking.block_plan import MAX_PATCHES, BlockPlan
 
+# Backends in order of preference: the first that does not refuse a call serves it.
 PATCHIFY = Op("patchify")
 PATCHIFY.register("reference", reference.patchify)
 
@@ -18,19 +21,19 @@ SAMPLE_BLOCK_MASKS.register("numpy", numpy_sampler.sample_block_masks, numpy_sam
 SAMPLE_BLOCK_MASKS.register("reference", reference.sample_block_masks)
 
 MASK_PATCHES = Op("mask_patches")
-MASK_PATCHES.register("fused", fused.mask_patches, fused.refuses)
+MASK_PATCHES.register("torch", torch_fused.mask_patches, torch_fused.refuses)
 MASK_PATCHES.register("reference", reference.mask_patches)
 
 
 def patchify(
-    images: torch.Tensor,
+    images: Tensor,
     patch_size: int,
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     dtype: torch.dtype,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Cut images into the patch matrix that a projection GEMM takes.
 
     `patchify(x, p, ...) @ conv1.weight.flatten(1).T` is the patch convolution of a ViT.
@@ -49,36 +52,37 @@ def patchify(
     Raises:
         ValueError: an argument of the wrong shape, dtype or range, or an unknown backend.
     """
+    op = "patchify"
     if images.ndim != 4:
-        raise ValueError(f"images: wanted 4 dimensions, got shape {tuple(images.shape)}")
+        raise ValueError(f"{op}: images is {describe(images)}, want 4 dimensions")
     if patch_size < 1:
-        raise ValueError(f"patch_size: wanted at least 1, got {patch_size}")
+        raise ValueError(f"{op}: patch_size is {patch_size}, want at least 1")
     if not dtype.is_floating_point:
-        raise ValueError(f"dtype: wanted a floating dtype, got {dtype}")
+        raise ValueError(f"{op}: dtype is {dtype}, want floating point")
     if images.dtype == torch.uint8:
         (height, width), channels, layout = images.shape[1:3], images.shape[3], "[B, height, width, channels]"
     elif images.is_floating_point():
         (height, width), channels, layout = images.shape[2:], images.shape[1], "[B, channels, height, width]"
         if mean is not None or std is not None:
-            raise ValueError("mean, std: they are for uint8 images; float images must come normalised")
+            raise ValueError(f"{op}: mean or std is given, want None with float images, which come normalised")
     else:
-        raise ValueError(f"images: wanted uint8 or a floating dtype, got {images.dtype}")
+        raise ValueError(f"{op}: images is {images.dtype}, want uint8 or floating point")
     if height % patch_size or width % patch_size or not height or not width:
         raise ValueError(
-            f"images: height and width of {images.dtype} {layout} must be multiples of patch_size {patch_size}, "
-            f"got shape {tuple(images.shape)}"
+            f"{op}: images is {describe(images)}, want {layout} with height and width multiples of "
+            f"patch_size {patch_size}"
         )
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) != channels:
-            raise ValueError(f"{name}: wanted {channels} numbers, one a channel, got {len(values)}")
+            raise ValueError(f"{op}: {name} has {len(values)} numbers, want {channels}, one a channel")
     if std is not None and min(std) <= 0:
-        raise ValueError(f"std: wanted positive numbers, got {tuple(std)}")
+        raise ValueError(f"{op}: std is {tuple(std)}, want positive numbers")
     return PATCHIFY(backend, images, patch_size, mean, std, dtype)
 
 
 def sample_block_masks(
-    sample_ids: torch.Tensor,
-    views: torch.Tensor,
+    sample_ids: Tensor,
+    views: Tensor,
     *,
     grid: tuple[int, int],
     max_masked: int,
@@ -86,7 +90,7 @@ def sample_block_masks(
     seed: int,
     mode: str = "block",
     backend: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Choose the patches to mask: a pure function of (seed, sample id, view), on the device, without a host sync.
 
     The same three numbers give the same mask, bit for bit, on every device, in any batch, on any rank.
@@ -109,32 +113,32 @@ def sample_block_masks(
     Raises:
         ValueError: an argument of the wrong shape, dtype or range, or a backend that cannot run the call.
     """
+    op = "sample_block_masks"
     for name, values in (("sample_ids", sample_ids), ("views", views)):
         if values.dtype != torch.int64 or values.ndim != 1:
-            raise ValueError(f"{name}: wanted int64 [B], got {values.dtype} of shape {tuple(values.shape)}")
-    if views.shape != sample_ids.shape or views.device != sample_ids.device:
+            raise ValueError(f"{op}: {name} is {describe(values)}, want int64 [B]")
+    if views.shape != sample_ids.shape:
         raise ValueError(
-            f"views: wanted shape {tuple(sample_ids.shape)} on {sample_ids.device} as sample_ids, "
-            f"got {tuple(views.shape)} on {views.device}"
+            f"{op}: views has shape {tuple(views.shape)}, want {tuple(sample_ids.shape)}, the shape of sample_ids"
         )
+    check_device(op, "views", views, "sample_ids", sample_ids)
     if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] > MAX_PATCHES:
-        raise ValueError(f"grid: wanted (rows, columns) with 1..{MAX_PATCHES} patches, got {tuple(grid)}")
+        raise ValueError(f"{op}: grid is {tuple(grid)}, want (rows, columns) with 1..{MAX_PATCHES} patches")
     rows, columns = grid
     if not 1 <= max_masked <= rows * columns:
-        raise ValueError(f"max_masked: wanted 1..{rows * columns} for a grid of {rows} x {columns}, got {max_masked}")
-    if mode not in ("block", "random"):
-        raise ValueError(f'mode: wanted "block" or "random", got {mode!r}')
+        raise ValueError(f"{op}: max_masked is {max_masked}, want 1..{rows * columns} for a grid of {rows} x {columns}")
+    check_choice(op, "mode", mode, ("block", "random"))
     if min_block < 1:
-        raise ValueError(f"min_block: wanted at least 1, got {min_block}")
+        raise ValueError(f"{op}: min_block is {min_block}, want at least 1")
     if mode == "block" and min(grid) < 2:
         raise ValueError(
-            f'grid: mode "block" needs at least 2 rows and 2 columns, got {rows} x {columns}; use "random"'
+            f"{op}: grid is {rows} x {columns}, want at least 2 rows and 2 columns with mode 'block'; use 'random'"
         )
     plan = BlockPlan.build((rows, columns), max_masked, min_block)
     return SAMPLE_BLOCK_MASKS(backend, sample_ids, views, plan, seed, mode)
 
 
-def mask_positions(mask: torch.Tensor, count: int) -> torch.Tensor:
+def mask_positions(mask: Tensor, count: int) -> Tensor:
     """bool [B, P] -> int32 [B, count]: indices of the True entries, ascending, padded with -1; no host sync.
 
     `mask_positions(~mask, P - max_masked)` is `visible` for `mask_patches(mode="gather")` after "random" sampling.
@@ -142,24 +146,25 @@ def mask_positions(mask: torch.Tensor, count: int) -> torch.Tensor:
     Raises:
         ValueError: `mask` is not bool [B, P], or `count` is not in 1..P.
     """
+    op = "mask_positions"
     if mask.dtype != torch.bool or mask.ndim != 2:
-        raise ValueError(f"mask: wanted bool [B, P], got {mask.dtype} of shape {tuple(mask.shape)}")
+        raise ValueError(f"{op}: mask is {describe(mask)}, want bool [B, P]")
     if not 1 <= count <= mask.shape[1]:
-        raise ValueError(f"count: wanted 1..{mask.shape[1]}, got {count}")
+        raise ValueError(f"{op}: count is {count}, want 1..{mask.shape[1]}")
     return reference.mask_positions(mask, count)
 
 
 def mask_patches(
-    embeddings: torch.Tensor,
-    mask: torch.Tensor | None,
+    embeddings: Tensor,
+    mask: Tensor | None,
     *,
-    mask_token: torch.Tensor | None,
-    class_token: torch.Tensor,
-    position_embedding: torch.Tensor,
+    mask_token: Tensor | None,
+    class_token: Tensor,
+    position_embedding: Tensor,
     mode: str,
-    visible: torch.Tensor | None = None,
+    visible: Tensor | None = None,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Turn patch embeddings into the sequences that the trunk takes: class token in front, position embedding added.
 
     Args:
@@ -172,7 +177,7 @@ def mask_patches(
         mode: "fork" returns the clean sequences, then the masked ones; "mask" the masked ones; "gather" the class token
             and the `visible` patches alone (MAE, FLIP).
         visible: int32 or int64 [B, K], distinct patch indices of a sample; -1 pads, giving a row of zeros.
-        backend: None, "fused" or "reference".
+        backend: None, "torch" or "reference".
 
     Returns:
         "fork" [2 B, P + 1, C], "mask" [B, P + 1, C], "gather" [B, K + 1, C], in the dtype of `embeddings`; sums are
@@ -182,44 +187,38 @@ def mask_patches(
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, or an unknown backend.
     """
+    op = "mask_patches"
     if embeddings.ndim != 3 or not embeddings.is_floating_point():
-        raise ValueError(f"embeddings: wanted floats [B, P, C], got {embeddings.dtype} {tuple(embeddings.shape)}")
+        raise ValueError(f"{op}: embeddings is {describe(embeddings)}, want floating point [B, P, C]")
     batch, patches, channels = embeddings.shape
-    if mode not in ("fork", "mask", "gather"):
-        raise ValueError(f'mode: wanted "fork", "mask" or "gather", got {mode!r}')
+    check_choice(op, "mode", mode, ("fork", "mask", "gather"))
     class_token = _parameter("class_token", class_token, (channels,), embeddings)
     position_embedding = _parameter("position_embedding", position_embedding, (patches + 1, channels), embeddings)
     if mode == "gather":
         if visible is None:
-            raise ValueError('visible: mode "gather" needs the visible patches, int32 [B, K], got None')
+            raise ValueError(f"{op}: visible is None, want int32 [{batch}, K] with mode 'gather'")
         if visible.dtype not in (torch.int32, torch.int64) or visible.ndim != 2 or len(visible) != batch:
-            raise ValueError(f"visible: wanted int32 [{batch}, K], got {visible.dtype} {tuple(visible.shape)}")
-        _same_device("visible", visible, embeddings)
+            raise ValueError(f"{op}: visible is {describe(visible)}, want int32 [{batch}, K]")
+        check_device(op, "visible", visible, "embeddings", embeddings)
         mask = mask_token = None
     else:
         if mask is None or mask.dtype != torch.bool or mask.shape != (batch, patches):
-            got = "None" if mask is None else f"{mask.dtype} {tuple(mask.shape)}"
-            raise ValueError(f"mask: wanted bool [{batch}, {patches}], got {got}")
-        _same_device("mask", mask, embeddings)
+            raise ValueError(f"{op}: mask is {describe(mask)}, want bool [{batch}, {patches}]")
+        check_device(op, "mask", mask, "embeddings", embeddings)
         if mask_token is None:
-            raise ValueError(f'mask_token: mode "{mode}" needs it, got None')
+            raise ValueError(f"{op}: mask_token is None, want [{channels}] with mode {mode!r}")
         mask_token = _parameter("mask_token", mask_token, (channels,), embeddings)
         if visible is not None:
-            raise ValueError(f'visible: only mode "gather" takes it, not "{mode}"')
+            raise ValueError(f"{op}: visible is given, want None with mode {mode!r}")
     return MASK_PATCHES(backend, embeddings, mask, mask_token, class_token, position_embedding, mode, visible)
 
 
-def _parameter(name: str, value: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+def _parameter(name: str, value: Tensor, shape: tuple[int, ...], embeddings: Tensor) -> Tensor:
     """`value` in `shape`; leading dimensions of size 1 are dropped."""
     lead = value.ndim - len(shape)
     if lead < 0 or tuple(value.shape[lead:]) != shape or any(size != 1 for size in value.shape[:lead]):
-        raise ValueError(f"{name}: wanted shape {shape}, got {tuple(value.shape)}")
+        raise ValueError(f"mask_patches: {name} has shape {tuple(value.shape)}, want {shape}")
     if not value.is_floating_point():
-        raise ValueError(f"{name}: wanted a floating dtype, got {value.dtype}")
-    _same_device(name, value, like)
+        raise ValueError(f"mask_patches: {name} is {value.dtype}, want floating point")
+    check_device("mask_patches", name, value, "embeddings", embeddings)
     return value.reshape(shape)
-
-
-def _same_device(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
-    if value.device != like.device:
-        raise ValueError(f"{name}: wanted on {like.device} as embeddings, got {value.device}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from farl_kernels.patch_masking.block_plan import (
     ASPECT_SHIFT,
@@ -18,12 +19,12 @@ from farl_kernels.patch_masking.counter_random import draws, logical_right_shift
 
 
 def patchify(
-    images: torch.Tensor,
+    images: Tensor,
     patch_size: int,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     dtype: torch.dtype,
-) -> torch.Tensor:
+) -> Tensor:
     """See :func:`farl_kernels.patch_masking.op.patchify`. Computes in fp32, or in float64 when that is asked for."""
     pixels = images.permute(0, 3, 1, 2) if images.dtype == torch.uint8 else images
     tiles = pixels.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # [B, channel, rows, p, columns, p]
@@ -39,14 +40,14 @@ def patchify(
     return values.to(dtype).flatten(2)
 
 
-def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
     """[channels, 1] filled on the device: a copy from the host would sync and could not be captured in a CUDA graph."""
     return torch.stack([torch.full((1,), float(v), dtype=like.dtype, device=like.device) for v in values])
 
 
 def sample_block_masks(
-    sample_ids: torch.Tensor, views: torch.Tensor, plan: BlockPlan, seed: int, mode: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+    sample_ids: Tensor, views: Tensor, plan: BlockPlan, seed: int, mode: str
+) -> tuple[Tensor, Tensor]:
     """See :func:`farl_kernels.patch_masking.op.sample_block_masks`."""
     keys = sample_keys(sample_ids, views, seed)
     if mode == "random":
@@ -56,7 +57,7 @@ def sample_block_masks(
     return mask, mask_positions(mask, plan.max_masked)
 
 
-def _block_masks(keys: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
+def _block_masks(keys: Tensor, plan: BlockPlan) -> Tensor:
     """One try of every sample at a time; a sample that is done only spins."""
     device = keys.device
     aspects = _on_device(ASPECT_TABLE, device)
@@ -92,20 +93,20 @@ def _block_masks(keys: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
     return mask.flatten(1)
 
 
-_tables: dict[tuple[tuple[int, ...], torch.device], torch.Tensor] = {}
+_tables: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
 
-def _on_device(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 tensor of a constant table, copied to each device once: a later call neither syncs nor breaks a capture."""
     if not torch.compiler.is_compiling() and (values, device) in _tables:
         return _tables[values, device]
     table = torch.tensor(values, dtype=torch.int64, device=device)
-    if type(table) is torch.Tensor and not torch.compiler.is_compiling():  # a traced or fake tensor must not stay here
+    if type(table) is Tensor and not torch.compiler.is_compiling():  # a traced or fake tensor must not stay here
         _tables[values, device] = table
     return table
 
 
-def _random_masks(keys: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
+def _random_masks(keys: Tensor, plan: BlockPlan) -> Tensor:
     """Exactly `max_masked` patches, every set of them equally likely: those with the smallest random numbers."""
     patches = plan.rows * plan.columns
     # 40 random bits over the patch's index: no two are equal, so the set does not depend on how ties are sorted.
@@ -114,7 +115,7 @@ def _random_masks(keys: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
     return torch.zeros_like(order, dtype=torch.bool).scatter_(1, chosen, True)
 
 
-def mask_positions(mask: torch.Tensor, count: int) -> torch.Tensor:
+def mask_positions(mask: Tensor, count: int) -> Tensor:
     """bool [B, P] -> int32 [B, count]: the indices of the True entries, ascending, padded with -1.
 
     A static shape without a host sync. Entries past the first `count` of a row are left out.
@@ -129,14 +130,14 @@ def mask_positions(mask: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def mask_patches(
-    embeddings: torch.Tensor,
-    mask: torch.Tensor | None,
-    mask_token: torch.Tensor | None,
-    class_token: torch.Tensor,
-    position_embedding: torch.Tensor,
+    embeddings: Tensor,
+    mask: Tensor | None,
+    mask_token: Tensor | None,
+    class_token: Tensor,
+    position_embedding: Tensor,
     mode: str,
-    visible: torch.Tensor | None,
-) -> torch.Tensor:
+    visible: Tensor | None,
+) -> Tensor:
     """See :func:`farl_kernels.patch_masking.op.mask_patches`. Sums in the widest dtype given, rounds once."""
     class_row = class_token + position_embedding[0]
     patches = embeddings + position_embedding[1:]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from farl_kernels.checks import check_choice, check_device, describe
 from farl_kernels.dispatch import Op
+from farl_kernels.precision import autocast_dtype
 from farl_kernels.token_loss import reference
 
 MASKED_TOKEN_CROSS_ENTROPY = Op("masked_token_cross_entropy")
@@ -43,21 +45,24 @@ def masked_token_cross_entropy(
         ValueError: an argument does not fit; the message names it.
         RuntimeError: a second derivative is asked for.
     """
+    op = "masked_token_cross_entropy"
     if hidden.dim() != 2 or not hidden.is_floating_point():
-        raise ValueError(f"hidden must be floating-point [R, C]; got {hidden.dtype} {list(hidden.shape)}")
+        raise ValueError(f"{op}: hidden is {describe(hidden)}, want floating point [R, C]")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or not weight.is_floating_point():
-        wanted = f"floating-point [V, {hidden.shape[1]}], as wide as hidden"
-        raise ValueError(f"weight must be {wanted}; got {weight.dtype} {list(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{len(weight)}], one for each row of weight; got {list(bias.shape)}")
+        wanted = f"floating point [V, {hidden.shape[1]}], as wide as hidden"
+        raise ValueError(f"{op}: weight is {describe(weight)}, want {wanted}")
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        wanted = f"floating point [{len(weight)}], one for each row of weight"
+        raise ValueError(f"{op}: bias is {describe(bias)}, want {wanted}")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets must be int64 [{len(hidden)}]; got {targets.dtype} {list(targets.shape)}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum'; got {reduction!r}")
+        raise ValueError(
+            f"{op}: targets is {describe(targets)}, want int64 [{len(hidden)}], one for each row of hidden"
+        )
+    check_choice(op, "reduction", reduction, ("mean", "sum"))
     for name, x in (("weight", weight), ("bias", bias), ("targets", targets)):
-        if x is not None and x.device != hidden.device:
-            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}; got {x.device}")
-    kind = hidden.device.type
-    if hidden.dtype == torch.float32 and torch.is_autocast_enabled(kind):
-        hidden = hidden.to(torch.get_autocast_dtype(kind))
+        if x is not None:
+            check_device(op, name, x, "hidden", hidden)
+    dtype = autocast_dtype(hidden.device)
+    if dtype is not None and hidden.dtype == torch.float32:
+        hidden = hidden.to(dtype)
     return MASKED_TOKEN_CROSS_ENTROPY(backend, hidden, weight, bias, targets, ignore_index, reduction)

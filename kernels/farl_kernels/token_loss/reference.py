@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farl_kernels.gemm import accumulation_dtype, matmul, matmul_add_
-
-CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}  # of logits: on the CPU they stay in the cache between their uses
+from farl_kernels.gemm import logit_chunk_bytes, matmul, matmul_add_
+from farl_kernels.precision import accumulation_dtype, without_autocast
 
 
 class MaskedTokenCrossEntropy(torch.autograd.Function):
@@ -45,7 +44,8 @@ class MaskedTokenCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty(hidden.shape, dtype=kept_dtype, device=hidden.device) if needs_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=accumulate, device=hidden.device) if needs_weight else None
         d_bias = torch.zeros(weight.shape[:1], dtype=accumulate, device=hidden.device) if needs_bias else None
-        rows = max(1, CHUNK_BYTES.get(hidden.device.type, 2**28) // (accumulate.itemsize * max(1, len(weight))))
+        kept_matrix = matrix.to(kept_dtype) if needs_hidden else matrix
+        rows = max(1, logit_chunk_bytes(hidden.device) // (accumulate.itemsize * max(1, len(weight))))
         for start in range(0, len(hidden), rows):
             at = slice(start, start + rows)
             some, target = hidden[at], safe_targets[at, None]
@@ -66,7 +66,7 @@ class MaskedTokenCrossEntropy(torch.autograd.Function):
                 d_bias += gradient.sum(0)
             gradient = gradient.to(kept_dtype)
             if d_hidden is not None:
-                d_hidden[at] = matmul(gradient, matrix.to(kept_dtype))
+                d_hidden[at] = matmul(gradient, kept_matrix)
             if d_weight is not None:
                 matmul_add_(d_weight, gradient.T, some.to(kept_dtype))
         divisor = count.clamp(min=1).to(accumulate) if mean else torch.ones((), dtype=accumulate, device=hidden.device)
@@ -81,7 +81,11 @@ class MaskedTokenCrossEntropy(torch.autograd.Function):
             raise RuntimeError("masked_token_cross_entropy has no second derivative: do not use create_graph")
         *kept, divisor = ctx.saved_tensors
         factor = grads[0] / divisor
-        made = (None if x is None else (x * factor).to(dtype) for x, dtype in zip(kept, ctx.dtypes, strict=True))
+        # In the factor's dtype: on a GPU PyTorch would round it to that of a 16-bit x, and all rows would be off by it.
+        made = (
+            None if x is None else (x.to(factor.dtype) * factor).to(dtype)
+            for x, dtype in zip(kept, ctx.dtypes, strict=True)
+        )
         return (*made, None, None, None, None)
 
 
@@ -89,7 +93,7 @@ def masked_token_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The plain truth of :func:`farl_kernels.masked_token_cross_entropy`; arguments are checked there."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         return MaskedTokenCrossEntropy.apply(
             hidden, weight, bias, targets, ignore_index, reduction == "mean", torch.is_grad_enabled()
         )

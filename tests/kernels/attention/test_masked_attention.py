@@ -210,6 +210,8 @@ def test_autocast_computes_in_the_autocast_dtype(backend):
     with torch.autocast("cpu", torch.bfloat16):
         out = masked_attention(q, k.to(torch.bfloat16), v, backend=backend)
         kept = masked_attention(q.double(), k.double(), v.double(), backend=backend)
+        with pytest.raises(ValueError, match=r"k is torch.bfloat16, want torch.float64"):
+            masked_attention(q.double(), k, v, backend=backend)
     out.float().sum().backward()
     assert out.dtype == torch.bfloat16
     assert kept.dtype == torch.float64

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farl_kernels.attention import masked_attention, masked_attention_packed, single_query_attention
+from farl_kernels.attention.packing import PaddedLayout
 
 BACKENDS = [None, "reference", "sdpa"]
 RAGGED = [3, 0, 1, 16, 7, 0]
@@ -281,6 +282,30 @@ def test_single_query_errors(change, message):
     arguments = {"q": torch.zeros(2, 2, 8), "kv": torch.zeros(6, 2, 2, 8)} | change
     with pytest.raises(ValueError, match=message):
         single_query_attention(arguments["q"], arguments["kv"], cu_seqlens=cumulative([3, 3]), max_seqlen=3)
+
+
+def test_a_bound_that_is_too_small_cuts_sequences_and_mixes_none():
+    """What a GPU does with it, where the lengths are not read: no row goes to another's place or out of bounds."""
+    layout = PaddedLayout.build(cumulative([5, 2, 4]), 12, 3)
+    rows = torch.arange(1.0, 13.0)[:, None].requires_grad_()
+    padded = layout.pad(rows)
+    assert padded[..., 0].tolist() == [[1, 2, 3], [6, 7, 0], [8, 9, 10]]
+    back = layout.unpad(padded)
+    assert back[:, 0].tolist() == [1, 2, 3, 0, 0, 6, 7, 8, 9, 10, 0, 0]
+    (grad,) = torch.autograd.grad(back.square().sum(), rows)
+    torch.testing.assert_close(grad, 2 * back)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torch_func_takes_its_gradient(backend):
+    qkv = draw(9, 3, 2, 8)
+
+    def loss(qkv):
+        out = masked_attention_packed(qkv, cu_seqlens=cumulative([3, 5]), max_seqlen=6, backend=backend)
+        return out.sin().sum()
+
+    (want,) = torch.autograd.grad(loss(leaf := qkv.clone().requires_grad_()), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(qkv), want)
 
 
 def test_compiles_without_graph_break():

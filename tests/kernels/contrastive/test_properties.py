@@ -182,6 +182,33 @@ def test_collapsed_features_score_nothing() -> None:
     assert metrics["image_to_text_accuracy"] == 0
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"deterministic": True, "label_smoothing": 0.1},
+        {"duplicates": "multi_positive", "return_metrics": True},
+        {"kind": "sigmoid", "duplicates": "mask"},
+    ],
+    ids=str,
+)
+def test_compiles_without_graph_break(dense: ModuleType, kwargs: dict[str, Any]) -> None:
+    image, text = dense.pairs(12, 8)
+    inputs = [*leaves(image, text)]
+    bias = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True) if kwargs.get("kind") == "sigmoid" else None
+    inputs += [] if bias is None else [bias]
+    ids = torch.arange(12) // 3 if "duplicates" in kwargs else None
+
+    def call(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None) -> Any:
+        return contrastive_loss(image, gather_features(text), scale, logit_bias=bias, ids=ids, **kwargs)
+
+    found, wanted = torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs), call(*inputs)
+    torch.testing.assert_close(found, wanted)
+    if kwargs.get("return_metrics"):
+        found, wanted = found[0], wanted[0]
+    torch.testing.assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(wanted, inputs))
+
+
 def test_module_and_handle_equal_the_function(dense: ModuleType) -> None:
     image, text = dense.pairs(20, 8)
     inputs = leaves(image, text)

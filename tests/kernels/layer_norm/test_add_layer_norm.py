@@ -163,6 +163,20 @@ def test_backends_agree(shape, channels, parts, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_row_scale_is_not_rounded_to_16_bits(backend, with_residual):
+    x, residual = (
+        draw(64, 96, dtype=torch.bfloat16),
+        draw(64, 96, dtype=torch.bfloat16, seed=1) if with_residual else None,
+    )
+    scale = torch.full((64,), 1 / 0.9)  # 0.16 % less in bfloat16
+    exact = x.double() / 0.9 + (residual.double() if with_residual else 0)
+    _, summed = add_layer_norm(x, residual, None, None, eps=EPS, row_scale=scale, backend=backend)
+    assert summed.dtype == torch.bfloat16
+    assert (summed != exact.to(torch.bfloat16)).float().mean() < 0.005
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_keeps_the_dtype_of_x(backend):
     x, residual = draw(4, 16, dtype=torch.bfloat16), draw(4, 16, dtype=torch.float32, seed=1)
     weight, bias = draw(16, dtype=torch.float32, seed=2), draw(16, dtype=torch.float32, seed=3)

@@ -64,16 +64,16 @@ def test_gradients_of_float_images() -> None:
         (torch.zeros(1, 3, 8, 8, dtype=torch.int32), {}, "images"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), {}, "images"),
         (torch.zeros(1, 3, 8, 9), {}, "images"),
-        (torch.zeros(1, 3, 8, 8), {"mean": MEAN}, "mean, std"),
+        (torch.zeros(1, 3, 8, 8), {"mean": MEAN}, "mean or std"),
         (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), {"mean": (0.5,)}, "mean"),
         (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), {"std": (0.5, 0.0, 0.5)}, "std"),
         (torch.zeros(1, 3, 8, 8), {"patch_size": 0}, "patch_size"),
         (torch.zeros(1, 3, 8, 8), {"dtype": torch.int32}, "dtype"),
-        (torch.zeros(1, 3, 8, 8), {"backend": "nonsense"}, "patchify"),
+        (torch.zeros(1, 3, 8, 8), {"backend": "nonsense"}, "backend"),
     ],
 )
 def test_wrong_arguments_are_named(images: torch.Tensor, change: dict, name: str) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: "):
+    with pytest.raises(ValueError, match=f"^patchify: {name} "):
         patchify(images, **({"patch_size": 4, "dtype": torch.float32} | change))
 
 

@@ -250,13 +250,13 @@ def test_mask_positions_cuts_at_count() -> None:
         ({"max_masked": 197}, "max_masked"),
         ({"min_block": 0}, "min_block"),
         ({"mode": "blocks"}, "mode"),
-        ({"backend": "nonsense"}, "sample_block_masks"),
+        ({"backend": "nonsense"}, "backend"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict, name: str) -> None:
     ids = torch.zeros(3, dtype=torch.int64)
     arguments = {"sample_ids": ids, "views": ids, "grid": (14, 14), "max_masked": 75, "seed": 0} | change
-    with pytest.raises(ValueError, match=f"^{name}: "):
+    with pytest.raises(ValueError, match=f"^sample_block_masks: {name} "):
         sample_block_masks(arguments.pop("sample_ids"), arguments.pop("views"), **arguments)
 
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional as F
+import torch.nn.functional as F
+from torch import Tensor
+
+from farl_kernels.precision import accumulation_dtype, without_autocast
 
 
 def refuses(*_: object) -> str | None:
@@ -18,14 +21,14 @@ def refuses(*_: object) -> str | None:
 
 
 def mask_patches(
-    embeddings: torch.Tensor,
-    mask: torch.Tensor | None,
-    mask_token: torch.Tensor | None,
-    class_token: torch.Tensor,
-    position_embedding: torch.Tensor,
+    embeddings: Tensor,
+    mask: Tensor | None,
+    mask_token: Tensor | None,
+    class_token: Tensor,
+    position_embedding: Tensor,
     mode: str,
-    visible: torch.Tensor | None,
-) -> torch.Tensor:
+    visible: Tensor | None,
+) -> Tensor:
     """See :func:`farl_kernels.patch_masking.op.mask_patches`."""
     if mode == "gather":
         return _Gather.apply(embeddings, visible, class_token, position_embedding)
@@ -37,36 +40,39 @@ class _Mask(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        embeddings: torch.Tensor,
-        mask: torch.Tensor,
-        mask_token: torch.Tensor,
-        class_token: torch.Tensor,
-        position_embedding: torch.Tensor,
+        embeddings: Tensor,
+        mask: Tensor,
+        mask_token: Tensor,
+        class_token: Tensor,
+        position_embedding: Tensor,
         fork: bool,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(mask)
-        ctx.fork = fork
-        ctx.dtypes = embeddings.dtype, mask_token.dtype, class_token.dtype, position_embedding.dtype
+    ) -> Tensor:
         batch, patches, channels = embeddings.shape
-        output = embeddings.new_empty(1 + fork, batch, patches + 1, channels)
-        output[:, :, 0] = class_token + position_embedding[0]
-        first, last = output[0, :, 1:], output[-1, :, 1:]
+        # What is returned must not be a view made in here: autograd would forbid in-place operations on it.
+        output = embeddings.new_empty((1 + fork) * batch, patches + 1, channels)
+        output[:, 0] = class_token + position_embedding[0]
+        first, last = output[:batch, 1:], output[fork * batch :, 1:]
         torch.add(embeddings, position_embedding[1:], out=first)
         masked_rows = (mask_token + position_embedding[1:]).to(output.dtype)
         if fork:
             torch.where(mask[:, :, None], masked_rows, first, out=last)
         else:
             last.copy_(torch.where(mask[:, :, None], masked_rows, first))
-        return output.flatten(0, 1)
+        return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        embeddings, mask, mask_token, class_token, position_embedding, ctx.fork = inputs
+        ctx.save_for_backward(mask)
+        ctx.dtypes = embeddings.dtype, mask_token.dtype, class_token.dtype, position_embedding.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
         (grad,) = grads
-        accumulate = torch.promote_types(grad.dtype, torch.float32)
+        accumulate = accumulation_dtype(grad.dtype)
         # Sums run over the batch in fp32 at least; autocast would send the product to bf16.
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             grad_position = grad.sum(0, dtype=accumulate)
             masked_half = grad[len(mask) :] if ctx.fork else grad
             keep = ~mask[:, :, None]
@@ -82,7 +88,7 @@ class _Mask(torch.autograd.Function):
             grad_embeddings.to(embeddings_dtype),
             None,
             grad_mask_token.to(mask_dtype),
-            # A copy: autograd keeps both as they are and adds the next backward's to them, in place.
+            # A copy: autograd keeps both as they are and adds those of the next backward to them, in place.
             grad_position[0].to(class_dtype, copy=True),
             grad_position.to(position_dtype),
             None,
@@ -94,16 +100,12 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        embeddings: torch.Tensor,
-        visible: torch.Tensor,
-        class_token: torch.Tensor,
-        position_embedding: torch.Tensor,
-    ) -> torch.Tensor:
+        embeddings: Tensor,
+        visible: Tensor,
+        class_token: Tensor,
+        position_embedding: Tensor,
+    ) -> Tensor:
         index = visible.long().clamp(min=0)
-        ctx.save_for_backward(visible)
-        ctx.patches = embeddings.shape[1]
-        ctx.dtypes = embeddings.dtype, class_token.dtype, position_embedding.dtype
         batch, count = visible.shape
         output = embeddings.new_empty(batch, count + 1, embeddings.shape[2])
         output[:, 0] = class_token + position_embedding[0]
@@ -114,13 +116,20 @@ class _Gather(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        embeddings, visible, class_token, position_embedding = inputs
+        ctx.save_for_backward(visible)
+        ctx.patches = embeddings.shape[1]
+        ctx.dtypes = embeddings.dtype, class_token.dtype, position_embedding.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (visible,) = ctx.saved_tensors
         (grad,) = grads
         # Row 0 takes the padding and is dropped. An index comes once a sample: no order of additions to depend on.
         index = (visible.long() + 1)[:, :, None].expand(-1, -1, grad.shape[2])
         full = grad.new_zeros(len(grad), ctx.patches + 1, grad.shape[2]).scatter_add(1, index, grad[:, 1:])
-        accumulate = torch.promote_types(grad.dtype, torch.float32)
+        accumulate = accumulation_dtype(grad.dtype)
         grad_class = grad[:, 0].sum(0, dtype=accumulate)
         grad_position = torch.cat([grad_class[None], full[:, 1:].sum(0, dtype=accumulate)])
         embeddings_dtype, class_dtype, position_dtype = ctx.dtypes
