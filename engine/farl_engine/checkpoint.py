@@ -41,7 +41,7 @@ class CheckpointStore:
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._writer: threading.Thread | None = None
-        self._error: CheckpointError | None = None
+        self._error: Exception | None = None
 
     def save(self, step: int, state: dict[str, Any], *, background: bool = False) -> None:
         """Write `state` (nested dicts and lists of tensors and plain values) as the checkpoint of `step`.
@@ -115,7 +115,8 @@ class CheckpointStore:
     def _write_noting_errors(self, step: int, state: dict[str, Any]) -> None:
         try:
             self._write(step, state)
-        except CheckpointError as error:
+        # Whatever it is, a save that did not happen must not pass in silence.
+        except Exception as error:
             self._error = error
 
     def _write(self, step: int, state: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,9 @@ def start(device: str = "auto", timeout_seconds: float = 300.0) -> World:
     Args:
         device: "auto" (CUDA if present), "cpu" or "cuda".
         timeout_seconds: how long a collective may wait for a rank that died or hangs.
+
+    Raises:
+        ValueError: an unknown device, no GPU where one is asked for, or fewer GPUs than processes.
     """
     rank = int(os.environ.get("RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -56,7 +59,13 @@ def start(device: str = "auto", timeout_seconds: float = 300.0) -> World:
     if device == "cpu" or not torch.cuda.is_available():
         place = torch.device("cpu")
     else:
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"there are {torch.cuda.device_count()} GPUs for process {local_rank + 1} of this machine: "
+                f"use --nproc-per-node {torch.cuda.device_count()}"
+            )
+        place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
     if size == 1:
         return World(rank=0, size=1, device=place, control=None)
@@ -126,11 +135,11 @@ class Vote:
         return Verdict(int(ballot))
 
 
-def gather_objects(world: World, value: object) -> list[object]:
+def gather_objects(world: World, value: T) -> list[T]:
     """Every rank's small host-side `value`, in rank order, on every rank."""
     if world.control is None:
         return [value]
-    values: list[object] = [None] * world.size
+    values: list[Any] = [None] * world.size
     dist.all_gather_object(values, value, group=world.control)
     return values
 

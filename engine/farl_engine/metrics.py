@@ -24,27 +24,30 @@ class MetricsLog:
 
     Args:
         trackers: "tensorboard", "wandb:PROJECT", or both with a comma between.
+
+    Raises:
+        ValueError: a tracker that is unknown or not installed.
     """
 
     def __init__(self, run_dir: Path, *, resume_step: int, trackers: str = "") -> None:
         self.path = run_dir / "metrics.jsonl"
         run_dir.mkdir(parents=True, exist_ok=True)
+        self._tensorboard = self._wandb = None
+        for tracker in filter(None, trackers.split(",")):
+            if tracker == "tensorboard":
+                _require("tensorboard", "TensorBoard", "pip install 'farl-engine[tensorboard]'")
+                writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+                self._tensorboard = writer(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+            elif tracker.startswith("wandb:"):
+                module = _require("wandb", "Weights & Biases", "pip install 'farl-engine[wandb]'")
+                project = tracker.removeprefix("wandb:")
+                self._wandb = module.init(
+                    project=project, name=run_dir.name, dir=str(run_dir), id=run_dir.name, resume="allow"
+                )
+            else:
+                raise ValueError(f"there is no tracker {tracker!r}; use tensorboard or wandb:PROJECT")
         _drop_lines_after(self.path, resume_step)
         self._file = self.path.open("a", buffering=1)
-        self._tensorboard = self._wandb = None
-        asked = [tracker for tracker in trackers.split(",") if tracker]
-        if "tensorboard" in asked:
-            _require("tensorboard", "TensorBoard", "pip install 'farl-engine[tensorboard]'")
-            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-            self._tensorboard = writer(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
-        for tracker in asked:
-            if not tracker.startswith("wandb:"):
-                continue
-            module = _require("wandb", "Weights & Biases", "pip install 'farl-engine[wandb]'")
-            project = tracker.removeprefix("wandb:")
-            self._wandb = module.init(
-                project=project, name=run_dir.name, dir=str(run_dir), id=run_dir.name, resume="allow"
-            )
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one line; `record["step"]` counts completed steps."""

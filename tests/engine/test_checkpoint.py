@@ -97,6 +97,14 @@ def test_error_of_a_background_write_is_raised_later(tmp_path: Path) -> None:
         store.wait()
 
 
+def test_a_background_write_never_fails_in_silence(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(1, {"step": lambda: None}, background=True)
+    with pytest.raises(Exception, match="lambda"):
+        store.wait()
+    assert store.steps() == []
+
+
 def test_no_code_is_run_from_a_file(tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[object, tuple[str]]:

@@ -31,6 +31,11 @@ def test_unknown_and_absent_devices_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="no CUDA GPU; use --device cpu"):
         distributed.start("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="2 GPUs for process 3 of this machine: use --nproc-per-node 2"):
+        distributed.start("auto")
 
 
 def _ranks_agree(rank: int, port: int, size: int) -> None:

@@ -32,6 +32,7 @@ class Points:
     def __init__(self, start: int, events: dict[int, Callable[[], None]] | None = None) -> None:
         self.start, self.events = start, events or {}
         self.bad_samples: dict[str, int] = {}
+        self.error: BaseException | None = None
         self.bad_at: int | None = None
         self.given = start
 
@@ -208,6 +209,69 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(tmp_path: Path) -> No
         train(make_run(tmp_path, save_every=2))
 
 
+def test_a_background_write_that_failed_is_made_good_at_the_end(tmp_path: Path) -> None:
+    blocked = tmp_path / "checkpoints"
+    blocked.write_text("in the way")
+    run = make_run(tmp_path, save_every=2, stop_at=4)
+    run.loader.events[3] = lambda: (run.store.wait_quietly(), blocked.unlink())  # type: ignore[attr-defined]
+    run.store = _Patient(blocked, keep_last=0)
+    with pytest.raises(CheckpointError, match="step 2 could not be written"):
+        train(run)
+    assert CheckpointStore(blocked).steps() == [4]
+
+
+class _Patient(CheckpointStore):
+    def wait_quietly(self) -> None:
+        assert self._writer is not None
+        self._writer.join()
+
+
+def test_a_full_disk_under_the_metrics_saves_and_stops(tmp_path: Path) -> None:
+    run = make_run(tmp_path, save_every=0)
+    assert run.log is not None
+    run.log.close()
+    run.log._file = Path("/dev/full").open("a", buffering=1)  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left"):
+        train(run)
+    assert CheckpointStore(tmp_path / "checkpoints").steps() == [1]
+
+
+def test_not_finite_and_no_disk_says_both(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(NonFiniteError, match=r"not finite in step 4.*after step 3 could not be saved \(the checkpoint"):
+        train(make_run(tmp_path, nan_at=3))
+
+
+def raiser(error: Exception) -> Callable[[], None]:
+    def action() -> None:
+        raise error
+
+    return action
+
+
+def test_a_loader_that_fails_in_a_step_leaves_what_was_done(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.loader.events[5] = raiser(TimeoutError("no batch"))  # type: ignore[attr-defined]
+    with pytest.raises(TimeoutError, match="no batch"):
+        train(run)
+    assert CheckpointStore(tmp_path / "checkpoints").load()["step"] == 5
+
+
+def test_a_loader_that_ends_too_early_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.loader = _Short()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="the loader ended before step 3; its end_step must be 20"):
+        train(run)
+
+
+class _Short(Points):
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter([torch.ones(1)] * 3)
+
+
 def test_saves_by_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import farl_engine.loop as loop
 
@@ -240,12 +304,50 @@ def _two_ranks(rank: int, port: int, folder: Path) -> None:
         run.loader.events[5] = lambda: os.kill(os.getpid(), signal.SIGTERM)  # type: ignore[attr-defined]
     assert train(run) == (7, "SIGTERM")
     stop.reset()
+    # Before the first step, and in an evaluation: no step more.
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert train(make_run(folder / "early", world)) == (0, "SIGTERM")
+    stop.reset()
+    run = make_run(folder / "evaluating", world, eval_every=3)
+    inner = run.evaluate
+    assert inner is not None
+
+    def interrupted(step: int, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(step, should_stop)
+
+    run.evaluate = interrupted
+    assert train(run) == (3, "SIGTERM")
+    stop.reset()
     # Bad data at one rank: both say so.
     run = make_run(folder / "bad", world)
     if rank == 1:
         run.loader.bad_at = 3  # type: ignore[attr-defined]
     with pytest.raises(BadDataError, match="worst shard"):
         train(run)
+    # An error that one rank's loader met ahead: all hear of it before that rank runs out of batches.
+    run = make_run(folder / "ahead", world)
+    if rank == 1:
+        run.loader.events[4] = lambda: setattr(run.loader, "error", KeyError("no such token"))
+        run.loader.events[6] = raiser(KeyError("no such token"))  # type: ignore[attr-defined]
+    with pytest.raises(KeyError if rank == 1 else RuntimeError, match="no such token"):
+        train(run)
+    # No disk at rank 0: rank 1 does not wait for it in vain.
+    (folder / "full").mkdir(exist_ok=True)
+    (folder / "full" / "checkpoints").write_text("in the way")
+    with pytest.raises(CheckpointError, match="step 3 could not be written"):
+        train(make_run(folder / "full", world, save_every=3))
+    with pytest.raises(NonFiniteError, match="could not be saved"):
+        train(make_run(folder / "full", world, nan_at=2))
+    # By the clock it is time to save at rank 0 alone, just after a loss that is not finite.
+    with pytest.raises(NonFiniteError, match="not finite in step 4"):
+        train(make_run(folder / "clock", world, nan_at=3, log_every=7, save_minutes=1e-9 if rank == 0 else 0.0))
+    # Bad samples of all ranks are counted.
+    run = make_run(folder / "count", world, stop_at=2)
+    run.loader.bad_samples["empty"] = rank + 1
+    assert train(run) == (2, None)
     distributed.finish(world)
 
 
@@ -257,3 +359,6 @@ def test_two_ranks_leave_together(tmp_path: Path) -> None:
     assert CheckpointStore(tmp_path / "nan" / "checkpoints").steps() == [3]
     assert CheckpointStore(tmp_path / "stop" / "checkpoints").steps() == [7]
     assert len(CheckpointStore(tmp_path / "bad" / "checkpoints").steps()) == 1
+    # Noticed at the vote before the sixth step, agreed on at the one after it.
+    assert CheckpointStore(tmp_path / "ahead" / "checkpoints").steps() == [6]
+    assert lines(tmp_path / "count")[-1]["bad_samples"] == 3

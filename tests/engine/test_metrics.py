@@ -62,6 +62,13 @@ def test_a_tracker_that_is_not_installed_is_one_clear_line(tmp_path: Path, monke
         MetricsLog(tmp_path, resume_step=0, trackers="wandb:faces")
 
 
+def test_an_unknown_tracker_is_refused_before_anything_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="no tracker 'wandb'; use tensorboard or wandb:PROJECT"):
+        MetricsLog(tmp_path, resume_step=1, trackers="wandb")
+    assert steps(tmp_path) == [1, 2]
+
+
 def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(start=0, total=10, enabled=True)
     progress.advance()

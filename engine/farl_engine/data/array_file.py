@@ -29,8 +29,7 @@ class ArrayFileError(ValueError):
 
 
 def write(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """Writes `meta` (plain JSON values) and one-dimensional arrays; readers see the old file or the new one, never
-    half.
+    """Writes `meta` (plain JSON values) and one-dimensional arrays; readers see the old file or the new, never half.
 
     Raises:
         OSError: the folder cannot be written.

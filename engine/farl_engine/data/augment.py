@@ -148,8 +148,7 @@ CENTER = CropPlan(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jpeg_grid=False)
 
 
 def color_jitter(image: NDArray[np.uint8], factors: tuple[float, float, float]) -> NDArray[np.uint8]:
-    """Scales brightness, contrast and saturation, in this order, as torchvision's ColorJitter does with a fixed
-    order.
+    """Scales brightness, contrast and saturation, in this order, by the formulas of torchvision's ColorJitter.
 
     Args:
         image: uint8 [H, W, 3].

@@ -134,8 +134,7 @@ class CpuDecoder:
             return None
         orientation = 1
         if data.find(b"Exif\0\0", 0, _METADATA_BYTES) >= 0 or data.find(b"tiff:Orientation", 0, _METADATA_BYTES) >= 0:
-            with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-                orientation = _orientation(image)
+            orientation = _jpeg_orientation(data)
         if orientation != 1:
             pixels = _upright(simplejpeg.decode_jpeg(data), orientation)
             return _cut(pixels, plan.box(parameters, pixels.shape[1], pixels.shape[0]))
@@ -181,6 +180,15 @@ class CpuDecoder:
         except Exception as error:
             cause = "truncated" if "truncated" in str(error).lower() else "corrupt"
             raise BadImage(cause, f"{type(error).__name__}: {error}") from None
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """EXIF orientation of an encoded JPEG; ValueError where Pillow does not even open it."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return _orientation(image)
+    except Exception as error:
+        raise ValueError(f"no readable header: {error}") from error
 
 
 def _orientation(image: Image.Image) -> int:

@@ -3,7 +3,7 @@
 The cache is `<common stem>-<8 hex digits of the shards' names>.farl-index` in the first shard's folder: flat arrays
 mapped into memory (see array_file.py), so 50 million samples open in milliseconds and ranks on a node share the
 pages. It is rebuilt when a shard's size or modification time changed, or when it is damaged; a folder that cannot be
-written means no cache and a log line.
+written means no cache and a log line. While a shard cannot be read at all, no cache is written either.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ class ShardIndex:
                 f"no samples in {len(shard_paths)} shards such as {shard_paths[0]} ({found}): "
                 "a sample is KEY.jpg (or png, webp, ...) and KEY.txt in a plain tar"
             )
-        if cache:
+        # A shard that could not be read may be readable next time, with neither size nor time changed.
+        if cache and not any("unreadable_shard" in causes for causes in meta["problems"].values()):
             try:
                 array_file.write(cache_path, {**meta, "state": state, "version": VERSION}, arrays)
             except OSError as error:

@@ -192,6 +192,11 @@ class Loader:
         self.close()
 
     @property
+    def error(self) -> BaseException | None:
+        """What a thread has met, ahead of the iteration, which raises it once it runs out of batches made before."""
+        return self._workers.error if self._workers else None
+
+    @property
     def bad_samples(self) -> dict[str, int]:
         """Failed attempts by cause, over the batches handed out so far."""
         return dict(self._ledger.by_cause)

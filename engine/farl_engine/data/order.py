@@ -86,20 +86,20 @@ class SampleOrder:
 
     def ids(self, step: int) -> NDArray[np.int64]:
         """Sample ids of the whole global batch of a step, int64 [global_batch]."""
-        return self.at(self._positions(step))[0]
+        return self.at(step_positions(step, self.global_batch))[0]
 
     def views(self, step: int) -> NDArray[np.int64]:
         """The view (epoch of that sample, modulo `num_views`) of each sample of a step, int64 [global_batch]."""
-        return self.at(self._positions(step))[1]
+        return self._views(step_positions(step, self.global_batch) // self.num_samples)
 
     def at(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ids and views, int64 [n] each, at any positions of the stream."""
         epochs, within = np.divmod(np.asarray(positions, np.int64), self.num_samples)
         ids = permute(within.astype(np.uint64), self.num_samples, combine(self.seed, epochs)).astype(np.int64)
-        return ids, epochs if self.num_views is None else epochs % self.num_views
+        return ids, self._views(epochs)
 
-    def _positions(self, step: int) -> NDArray[np.int64]:
-        return step_positions(step, self.global_batch)
+    def _views(self, epochs: NDArray[np.int64]) -> NDArray[np.int64]:
+        return epochs if self.num_views is None else epochs % self.num_views
 
 
 class MixedOrder:

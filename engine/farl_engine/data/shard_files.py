@@ -11,8 +11,7 @@ from pathlib import Path
 
 _MAX_OPEN = 256
 _RETRY_DELAYS = (0.05, 0.2, 0.8)
-# After all retries failed, a file is not tried again for this long: its samples fail at once instead of a second
-# each.
+# After all retries failed, a file is not tried again for this long: its samples fail at once, not a second each.
 _GIVE_UP_SECONDS = 30.0
 
 

@@ -1,5 +1,4 @@
-"""Shards: plain tars in webdataset's layout. Which members make a sample, which shards a pattern names, how to write
-them.
+"""Shards: plain tars in webdataset's layout. What makes a sample, which shards a pattern names, how to write them.
 
 Key rule (webdataset's): a member's key is its path up to the first dot of the file name, its extension the rest,
 lower case. So `a.b/c.jpg` has key `a.b/c`, and `photo.v2.jpg` has key `photo` and the unknown extension `v2.jpg`.
@@ -9,6 +8,7 @@ count as missing.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import logging
 import os
@@ -60,11 +60,10 @@ def scan_shard(path: Path) -> ShardScan:
     """Finds the samples of one shard; never raises for what is in the shard, see `problems`.
 
     A sample is an image and a caption: `.txt`, or where there is none the "caption" of `.json`. Left out and counted
-    by
-    cause: missing_image, missing_caption (also when its file is empty), empty_image, unknown_extension (neither image
-        nor
-    caption under that key), duplicate_key (the first image and caption of a key win). Of whole shards: empty_shard,
-    truncated_shard and corrupt_shard (the readable part is used), not_a_tar, compressed_shard, unreadable_shard.
+    by cause: missing_image, missing_caption (also when its file is empty), empty_image, unknown_extension (neither
+    image nor caption under that key), duplicate_key (the first image and caption of a key win). Of whole shards:
+    empty_shard, truncated_shard and corrupt_shard (the readable part is used), not_a_tar, compressed_shard,
+    unreadable_shard.
     """
     # key -> [image offset, size, text offset, size, json offset, size]; -1 where absent.
     found: dict[bytes, list[int]] = {}
@@ -158,6 +157,8 @@ def _expand_braces(pattern: str) -> list[str]:
         return [pattern]
     first, last = match.groups()
     numbers = range(int(first), int(last) + 1)
+    if not numbers:
+        raise ValueError(f"the range {match.group()} in {pattern!r} is empty: write the smaller number first")
     return [
         name
         for number in numbers
@@ -220,11 +221,8 @@ class ShardWriter:
     def __exit__(self, exc_type: object, *_: object) -> None:
         if exc_type is None:
             self.close()
-        elif self._file is not None:
-            self._writer.close()
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
-            self._writer = self._file = None
+        else:
+            self._drop()
 
     @property
     def _temporary(self) -> Path:
@@ -250,11 +248,28 @@ class ShardWriter:
 
     def _finish(self) -> None:
         assert self._file is not None
-        self._writer.close()
-        self._file.close()
         path = Path(self.pattern % len(self.paths))
-        self._temporary.replace(path)
+        try:
+            self._writer.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._temporary.replace(path)
+        except BaseException:
+            self._drop()
+            raise
         self.paths.append(path)
+        self._writer = self._file = None
+
+    def _drop(self) -> None:
+        """Removes the unfinished shard, if any."""
+        for part in (self._writer, self._file):
+            # On a full disk closing fails as writing did.
+            with contextlib.suppress(OSError):
+                if part is not None:
+                    part.close()
+        if self._file is not None:
+            self._temporary.unlink(missing_ok=True)
         self._writer = self._file = None
 
 

@@ -72,7 +72,7 @@ def walk_members(fd: int) -> Iterator[Member]:
             else:
                 pax = _pax_records(record, position)
         else:
-            if kind in _REGULAR or kind == b"":
+            if kind in _REGULAR:
                 size = int(pax.get(b"size", size))
                 if data + size > end:
                     raise TarWalkError(

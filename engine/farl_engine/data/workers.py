@@ -41,6 +41,9 @@ class Workers:
         threads: 0 runs jobs inside `next`.
         prefetch: jobs begun but not yet handed out, at most.
         stall_timeout: patience of `next` in seconds.
+
+    Attributes:
+        error: the first error that a thread met; `next` raises it when no job is ready.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class Workers:
         self._stall_timeout = stall_timeout
         self._next_out = first_step
         self._closing = False
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         # Guards everything that the consumer sees; never held while work is done.
         self._changed = threading.Condition()
         self._ready: dict[int, BatchJob] = {}
@@ -100,7 +103,7 @@ class Workers:
             return job
         with self._changed:
             came = self._changed.wait_for(
-                lambda: step in self._ready or self._error is not None or self._closing, self._stall_timeout
+                lambda: step in self._ready or self.error is not None or self._closing, self._stall_timeout
             )
             if not came:
                 raise self._stalled(step)
@@ -109,8 +112,8 @@ class Workers:
                 self._next_out += 1
                 self._changed.notify_all()
                 return job
-            if self._error is not None:
-                raise self._error
+            if self.error is not None:
+                raise self.error
             return None
 
     def close(self) -> None:
@@ -125,6 +128,7 @@ class Workers:
                 if thread.is_alive():
                     logger.warning("loader thread %s still hangs in %s", thread.name, self._describe(thread.name))
         self._threads = []
+        self._ready.clear()
 
     def _work(self) -> None:
         name = threading.current_thread().name
@@ -155,7 +159,7 @@ class Workers:
             if name in self._doing:
                 error.add_note(f"(in loader thread {name}: {self._describe(name)})")
             with self._changed:
-                self._error = self._error or error
+                self.error = self.error or error
                 self._changed.notify_all()
 
     def _next_task(self) -> tuple[BatchJob, int] | None:
@@ -166,15 +170,15 @@ class Workers:
                     return None
                 with self._changed:
                     self._changed.wait_for(
-                        lambda: self._closing or self._error is not None or step < self._next_out + self._prefetch
+                        lambda: self._closing or self.error is not None or step < self._next_out + self._prefetch
                     )
-                if self._closing or self._error is not None:
+                if self._closing or self.error is not None:
                     return None
                 self._job, self._next_chunk = self._start(step), 0
                 self._next_in += 1
                 with self._changed:
                     self._chunks_left[step] = self._job.num_chunks
-            elif self._closing or self._error is not None:
+            elif self._closing or self.error is not None:
                 return None
             self._next_chunk += 1
             return self._job, self._next_chunk - 1

@@ -205,6 +205,16 @@ def test_a_decompression_bomb_is_refused():
     assert bad(data, max_pixels=2**40) == bad(data) == "too_many_pixels"
 
 
+def test_a_jpeg_that_pillow_does_not_open_is_bad_and_no_crash(encode, picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = bytearray(encode(picture(40, 40), exif=exif))
+    size = data.index(b"\xff\xc0") + 5
+    data[size : size + 4] = struct.pack(">HH", 60_000, 60_000)
+    # Too large for Pillow itself, whatever the decoder's own cap; the orientation is read by Pillow.
+    assert bad(bytes(data), max_pixels=2**40) == "too_many_pixels"
+
+
 @pytest.mark.parametrize("side", [520, 1100])
 def test_reduced_jpegs_are_near_the_full_decode(encode, picture, side, monkeypatch):
     rng = np.random.default_rng(0)

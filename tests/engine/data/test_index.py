@@ -182,6 +182,23 @@ def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path, make_shards, ca
     assert "not kept" in caplog.text and not cache_files(tmp_path)
 
 
+def test_a_shard_that_cannot_be_read_once_is_read_the_next_time(tmp_path, make_shards, monkeypatch):
+    paths = make_shards([2, 3])
+    real = os.open
+
+    def fail(path, *args, **kwargs):
+        if path == paths[1]:
+            raise OSError(5, "Input/output error", str(path))
+        return real(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("farl_engine.data.shards.os.open", fail)
+        index = ShardIndex.build(paths)
+        assert len(index) == 2 and index.problems == {"unreadable_shard": 1}
+    assert not cache_files(tmp_path)
+    assert len(ShardIndex.build(paths)) == 5
+
+
 def test_several_ranks_may_build_at_once(tmp_path, make_shards):
     paths = make_shards([20, 20, 20], side=8)
     barrier = threading.Barrier(6)

@@ -242,11 +242,29 @@ def test_an_error_in_a_thread_reaches_the_consumer(index):
     def transform(captions: list[str]) -> None:
         raise KeyError("no such token")
 
-    # Batches that were ready before the error still come.
     with pytest.raises(KeyError, match="no such token") as caught:
         take(make_loader(index, text_transform=transform))
     assert "text of step" in caught.value.__notes__[0]
     assert not loader_threads()
+
+
+def test_an_error_is_known_before_the_batches_ahead_of_it_are_used(index):
+    class BrokenLater(SampleOrder):
+        def ids(self, step: int) -> np.ndarray:
+            if step == 2:
+                raise ZeroDivisionError("the order is broken")
+            return super().ids(step)
+
+    with make_loader(index, order=BrokenLater(len(index), 8, 0), prefetch=3) as loader:
+        assert loader.error is None
+        iterator = iter(loader)
+        deadline = time.monotonic() + 20
+        while not (loader.error and loader.stage_times()["queue_depth"] == 2) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert isinstance(loader.error, ZeroDivisionError)
+        assert [next(iterator).step for _ in range(2)] == [0, 1]
+        with pytest.raises(ZeroDivisionError):
+            next(iterator)
 
 
 def test_a_hung_stage_is_reported(index):
@@ -273,8 +291,10 @@ def test_threads_end_with_the_iteration(index):
     for batch in loader:
         if batch.step == 1:
             break
-    del batch
-    assert len(loader_threads()) == 3 or not loader_threads()
+    # The `for` held the only reference to the iteration.
+    assert not loader_threads()
+    iterator = iter(loader)
+    assert next(iterator).step == 0 and len(loader_threads()) == 3
     start = time.monotonic()
     loader.close()
     loader.close()
@@ -301,10 +321,12 @@ def test_no_more_than_prefetch_batches_are_made_ahead(index):
         iterator = iter(loader)
         for step in range(5):
             assert next(iterator).step == step
-            time.sleep(0.05)
+            time.sleep(0.02)
             assert max(started) <= step + 3
-        assert max(started) == 7
-        assert loader.stage_times()["queue_depth"] == 3
+        deadline = time.monotonic() + 20
+        while loader.stage_times()["queue_depth"] < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert loader.stage_times()["queue_depth"] == 3 and max(started) == 7
 
 
 def test_stage_times_say_where_the_time_goes(index):

@@ -77,6 +77,13 @@ def test_world_size_never_shows():
         assert np.array_equal(np.concatenate(parts), whole)
 
 
+def test_a_sample_of_one_and_of_two():
+    assert stream(SampleOrder(1, 3, seed=0), 2).tolist() == [0] * 6
+    assert SampleOrder(1, 3, seed=0).views(1).tolist() == [3, 4, 5]
+    starts = [SampleOrder(2, 2, seed).ids(0).tolist() for seed in range(40)]
+    assert {tuple(ids) for ids in starts} == {(0, 1), (1, 0)}
+
+
 def test_global_batch_only_cuts_the_stream():
     assert np.array_equal(stream(SampleOrder(57, 10, 1), 12), stream(SampleOrder(57, 24, 1), 5))
 

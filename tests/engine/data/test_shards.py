@@ -217,6 +217,8 @@ def test_patterns(tmp_path, make_shards):
         expand_paths(str(tmp_path / "test-*.tar"))
     with pytest.raises(ValueError, match="train-0003"):
         expand_paths(f"{tmp_path}/train-{{0002..0003}}.tar")
+    with pytest.raises(ValueError, match=r"the range \{0002\.\.0000\} in .* is empty"):
+        expand_paths(f"{tmp_path}/train-{{0002..0000}}.tar")
     with pytest.raises(ValueError, match="no shards given"):
         expand_paths([])
 
@@ -250,6 +252,23 @@ def test_an_interrupted_writer_leaves_no_half_shard(tmp_path):
             writer.write(str(i), {"jpg": b"1", "txt": "c"})
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["t-0.tar"]
+
+
+@pytest.mark.parametrize("samples_per_shard", [1, 10])
+def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch, samples_per_shard):
+    opened = []
+
+    def open_full(self, *args, **kwargs):
+        self.touch()
+        opened.append(open("/dev/full", "wb"))  # noqa: PTH123, SIM115
+        return opened[-1]
+
+    monkeypatch.setattr(Path, "open", open_full)
+    # The shard is full at the second write, or ends with the block.
+    with pytest.raises(OSError, match="No space left"), ShardWriter(tmp_path / "t-%d.tar", samples_per_shard) as writer:
+        for i in range(2):
+            writer.write(str(i), {"jpg": b"1", "txt": "c"})
+    assert not list(tmp_path.iterdir()) and opened[0].closed
 
 
 @pytest.mark.parametrize("key", ["a.b", "", "d/.x"])
