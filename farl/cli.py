@@ -1,4 +1,4 @@
-"""What every command of the project shares: options from a dataclass, one-line errors, exit codes, progress.
+"""What every command of the project shares: options from a dataclass, one-line errors, exit codes.
 
 A command reads top to bottom like this::
 
@@ -31,8 +31,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, NoReturn, TextIO, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 ConfigT = TypeVar("ConfigT")
 
@@ -45,9 +44,8 @@ _VALUE_ERRORS = (
 # Seconds that another rank waits before it reports an error that may be rank 0's too; torchrun needs a fraction.
 RANK_PATIENCE = 2.0
 _OUR_PACKAGES = ("farl", "farl_engine", "farl_kernels")
-
-
-# ---- options -------------------------------------------------------------------------------------------------------
+# What gloo says at a process whose partner in a collective call has ended.
+_LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe")
 
 
 def parse(
@@ -87,7 +85,7 @@ def parse(
 
 def fail_usage(prog: str, problem: str) -> NoReturn:
     """Leaves with code 2 and the line "PROG: PROBLEM" (on rank 0 alone)."""
-    if _rank() == 0:
+    if process_rank() == 0:
         print(f"{prog}: {problem}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -187,14 +185,11 @@ def _did_you_mean(word: str, known: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-# ---- running -------------------------------------------------------------------------------------------------------
-
-
 def run(main: Callable[[], int | None], prog: str) -> NoReturn:
     """Calls `main` and ends the process with its code; an error that a user can mend becomes one line on stderr.
 
     Those are ValueError, OSError (a missing file, no permission, no space), FloatingPointError (a loss that is not
-    finite), a missing optional package, and bad data.
+    finite), a missing optional package, bad data, and the end of another process of the run, which says why itself.
     Anything else is a defect and keeps its traceback, as everything does with FARL_DEBUG=1 in the environment.
     """
     try:
@@ -219,6 +214,8 @@ def describe(error: BaseException) -> str:
     """One line for an error, without Python's errno brackets."""
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name!r} is missing: install farl-engine with its [train] extra"
+    if _is_lost_process(error):
+        return "another process of this run has ended: see what it says, or its exit code"
     if isinstance(error, OSError) and error.strerror and error.errno is not None:
         name = f": {error.filename}" if error.filename is not None else ""
         advice = "; free some and run the same command again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
@@ -232,11 +229,15 @@ def describe(error: BaseException) -> str:
 def _is_users(error: Exception) -> bool:
     if isinstance(error, ModuleNotFoundError):
         return (error.name or "").split(".")[0] not in _OUR_PACKAGES
-    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+    if isinstance(error, (ValueError, OSError, FloatingPointError)) or _is_lost_process(error):
         return True
     # If the data package was never imported, this is not its error.
     data = sys.modules.get("farl_engine.data")
     return data is not None and isinstance(error, data.BadDataError)
+
+
+def _is_lost_process(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and "WORLD_SIZE" in os.environ and bool(_LOST_PROCESS.search(str(error)))
 
 
 def _raised_by_us(error: BaseException) -> bool:
@@ -248,7 +249,7 @@ def _raised_by_us(error: BaseException) -> bool:
 def _say_failure(prog: str, error: Exception) -> None:
     """Most errors are the same on all ranks, and rank 0 says them. An error of another rank alone must not be silent:
     such a rank waits until torchrun would have ended it because rank 0 left, and speaks if it is still there."""
-    rank = _rank()
+    rank = process_rank()
     if rank != 0:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -257,65 +258,7 @@ def _say_failure(prog: str, error: Exception) -> None:
     print(f"{prog}: {describe(error)}", file=sys.stderr, flush=True)
 
 
-def _rank() -> int:
+def process_rank() -> int:
+    """This process's number among those that torchrun started; 0 without torchrun."""
     value = os.environ.get("RANK", "0")
     return int(value) if value.isdigit() else 0
-
-
-# ---- progress ------------------------------------------------------------------------------------------------------
-
-
-class Progress:
-    """A bar (tqdm) where stderr is a terminal, else one plain line every `interval` seconds; only rank 0 shows it.
-
-    Use as a context manager and call `update(n)`.
-    """
-
-    def __init__(
-        self,
-        total: int | None,
-        description: str,
-        *,
-        unit: str = "samples",
-        interval: float = 10.0,
-        stream: TextIO | None = None,
-    ) -> None:
-        self.total, self.description, self.unit, self.interval = total, description, unit, interval
-        self.count = self._shown = 0
-        self._stream = sys.stderr if stream is None else stream
-        self._silent = _rank() != 0
-        self._start = self._last = time.monotonic()
-        self._bar: Any = None
-        if not self._silent and self._stream.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, desc=description, unit=f" {unit}", file=self._stream, dynamic_ncols=True)
-
-    def update(self, count: int = 1) -> None:
-        self.count += count
-        if self._bar is not None:
-            self._bar.update(count)
-        elif not self._silent and time.monotonic() - self._last >= self.interval:
-            self._last = time.monotonic()
-            self._line()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        elif not self._silent and self._start < self._last and self._shown < self.count:
-            self._line()  # after a job that was too short for any line there is none at its end either
-        self._silent, self._bar = True, None
-
-    def _line(self) -> None:
-        self._shown = self.count
-        rate = self.count / max(time.monotonic() - self._start, 1e-9)
-        of_total = f"/{self.total:,} ({100 * self.count / max(self.total, 1):.0f} %)" if self.total is not None else ""
-        print(f"{self.description}: {self.count:,}{of_total} {self.unit}, {rate:,.0f}/s", file=self._stream, flush=True)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.close()

@@ -21,12 +21,12 @@ class TrainConfig:
     data: str
     """Training shards: a path, a glob in quotes, or braces like 'faces-{000000..000099}.tar'."""
     eval_data: str = ""
-    """Held-out shards for retrieval during the run; none if empty."""
+    """Held-out shards for retrieval during the run; none if empty. A preset's own go with its own --data alone."""
 
     model: str = "farl-b16"
     """Sizes of the model: farl-tiny, farl-micro, farl-s16, farl-b16, farl-l16 or farl-h14."""
     init: str = ""
-    """Checkpoint or released weights to start from (CLIP or FaRL layout); random if empty."""
+    """Run folder, checkpoint or released weights (CLIP or FaRL layout) to start from; random if empty."""
     visual_tokens: str = "codebook"
     """Targets of the masked patches: "codebook" (fitted on the run's own data) or "dalle:FILE.safetensors"."""
     mim_weight: float = 1.0
@@ -54,7 +54,7 @@ class TrainConfig:
     warmup: int = 2_000
     """Updates of linear warm-up."""
     weight_decay: float = 0.05
-    """AdamW's weight decay on matrices; vectors, embeddings and the logit scale have none."""
+    """AdamW's weight decay on matrices, the token table among them; vectors and position embeddings have none."""
     beta2: float = 0.98
     """AdamW's second beta."""
     clip_grad: float = 1.0

@@ -6,9 +6,9 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from farl import cli
 
@@ -24,7 +24,7 @@ VALIDATION_SHARE = 0.2
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    checkpoint: Positional[str]
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")]
     """Folder of a run (its latest checkpoint), a checkpoint file, or weights in CLIP's or FaRL's layout."""
     data: str
     """Shards to evaluate on: a path, or a glob in quotes."""

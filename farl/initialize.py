@@ -12,14 +12,15 @@ from farl.config import TrainConfig
 from farl.evaluation.features import spread_positions
 from farl.evaluation.pair_reader import read_batches
 from farl.model import MODELS, FaRL, ModelConfig, load_pretrained
-from farl.tokens import PatchCodebook, VisualTokenizer, build_tokenizer
+from farl.tokens import DalleEncoder, PatchCodebook, VisualTokenizer
+from farl.tokens.dalle import PIXELS_PER_TOKEN
 from farl_engine.data import CpuDecoder, ShardIndex
 from farl_engine.distributed import World, broadcast_object, say
 from farl_engine.optim import parameter_groups
 
 # Images that the codebook is fitted on: 128,000 patches for 512 codes at the sizes of farl-tiny.
 CODEBOOK_IMAGES = 2_000
-# Tables and single vectors that weight decay would only pull to zero; the logit scale and biases have no second axis.
+# Positions and single vectors that decay would only pull to zero; biases and the logit scale have no second axis.
 UNDECAYED = ("positional_embedding", "class_embedding", "mask_token")
 
 
@@ -27,9 +28,11 @@ def check_sources(config: TrainConfig, saved: dict[str, Any] | None) -> None:
     """What can be known to be wrong before the shards are read, which may take minutes.
 
     Raises:
-        ValueError: there is no such --model, or no such file as --init or --visual-tokens name.
+        ValueError: there is no such --model, no such file as --init or --visual-tokens name, or --run-dir is a file.
     """
     named_sizes(config)
+    if Path(config.run_dir).is_file():
+        raise ValueError(f"--run-dir {config.run_dir} is a file: name a folder, which is made if absent")
     kind, _, encoder = config.visual_tokens.partition(":")
     files = {"--visual-tokens": encoder if kind == "dalle" and config.mim_weight else ""}
     # A resumed run has its weights from the checkpoint.
@@ -52,7 +55,9 @@ def visual_tokenizer(
     if config.mim_weight == 0:
         return None
     if config.visual_tokens != "codebook":
-        return build_tokenizer(config.visual_tokens, grid=named_sizes(config).vision.grid, device=world.device)
+        rows, _ = named_sizes(config).vision.grid
+        path = config.visual_tokens.removeprefix("dalle:")
+        return DalleEncoder.from_file(path, token_image_size=PIXELS_PER_TOKEN * rows).to(world.device)
     state = saved["visual_tokens"] if saved is not None else None
     if state is None:
         fitted = fit_codebook(config, index, world).state_dict() if world.is_main else None
@@ -76,8 +81,8 @@ def fit_codebook(config: TrainConfig, index: ShardIndex, world: World) -> PatchC
     patches = len(images) * sizes.vision.num_patches
     if patches < vocab_size:
         raise ValueError(
-            f"{len(images)} readable images in --data have {patches} patches, fewer than the {vocab_size} visual tokens "
-            f"of {config.model}: give more images, a smaller --model, or --mim-weight 0"
+            f"{len(images)} readable images in --data have {patches} patches, fewer than {config.model} has visual "
+            f"tokens ({vocab_size}): give more images, a smaller --model, or --mim-weight 0"
         )
     return PatchCodebook.fit(images, patch_size=sizes.vision.patch_size, vocab_size=vocab_size, seed=config.seed)
 

@@ -24,7 +24,7 @@ from farl_engine import distributed
 from farl_engine.checkpoint import CheckpointStore
 from farl_engine.data import CpuDecoder, CropPlan, Loader, SampleOrder, ShardIndex
 from farl_engine.data.bad_data import check_excluded
-from farl_engine.distributed import World, say
+from farl_engine.distributed import World, gather_objects, say
 from farl_engine.loop import Run, Schedule, train
 from farl_engine.metrics import MetricsLog, Progress
 from farl_engine.optim import warmup_cosine
@@ -52,8 +52,12 @@ def pretrain(config: TrainConfig) -> None:
     store = CheckpointStore(run_dir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every)
     saved = store.load() if store.latest() is not None else None
     check_sources(config, saved)
-    index = open_shards(config.data, world, config.max_bad_fraction)
-    held_out = open_shards(config.eval_data, world, config.max_bad_fraction) if config.eval_data else None
+    if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    index = open_shards("--data", config.data, world, config.max_bad_fraction)
+    held_out = None
+    if config.eval_data:
+        held_out = open_shards("--eval-data", config.eval_data, world, config.max_bad_fraction)
     if saved is not None:
         check_resumable(saved, config, index)
     start_step: int = saved["step"] if saved is not None else 0
@@ -109,7 +113,8 @@ def pretrain(config: TrainConfig) -> None:
         device=world.device,
         start_step=start_step,
         end_step=stop_at,
-        stall_timeout=config.timeout,
+        # Sooner than the other processes give up waiting, so that the stacks of the one that hangs are seen.
+        stall_timeout=config.timeout / 2,
     )
     run = Run(
         world=world,
@@ -141,6 +146,8 @@ def pretrain(config: TrainConfig) -> None:
         step, stopped_by = train(run)
     if log is not None:
         log.close()
+    # The report is drawn by rank 0 alone: the others need not wait for it.
+    distributed.finish(world)
     if stopped_by is not None:
         say(world, f"stopped by {stopped_by} after step {step}; the same command goes on from there")
     elif step < config.steps:
@@ -150,7 +157,6 @@ def pretrain(config: TrainConfig) -> None:
             run_dir, model, held_out or index, decoder, tokenizer, mask_ratio=config.mask_ratio, seed=config.seed
         )
         say(world, f"done after step {step}: see {page}")
-    distributed.finish(world)
 
 
 def schedule(config: TrainConfig, stop_at: int) -> Schedule:
@@ -174,18 +180,24 @@ def schedule(config: TrainConfig, stop_at: int) -> Schedule:
     )
 
 
-def open_shards(shards: str, world: World, max_bad_fraction: float) -> ShardIndex:
-    """Index of `shards`. Rank 0 reads the tars first, so that the others find its file.
+def open_shards(option: str, shards: str, world: World, max_bad_fraction: float) -> ShardIndex:
+    """Index of the `shards` that `option` names. Rank 0 reads the tars first, so that the others find its file.
 
     Raises:
-        ValueError: there are no such shards, or no sample in them.
+        ValueError: there are no such shards, no sample in them, or other ones on another machine.
         BadDataError: more than `max_bad_fraction` of the samples lack an image or a caption.
     """
-    index = ShardIndex.build(shards, progress=True) if world.is_main else None
-    distributed.barrier(world)
-    index = index or ShardIndex.build(shards)
+    try:
+        index = ShardIndex.build(shards, progress=True) if world.is_main else None
+        distributed.barrier(world)
+        index = index or ShardIndex.build(shards)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+    if len(set(gather_objects(world, index.fingerprint))) > 1:
+        raise ValueError(f"{option}: the processes see different shards under {shards}; give all machines the same files")
     check_excluded(len(index), index.problems, index.excluded_by_shard, max_bad_fraction)
-    say(world, f"{len(index):,} pairs in {len(index.shard_names)} shards, fingerprint {index.fingerprint[:12]}")
+    count = len(index.shard_names)
+    say(world, f"{len(index):,} pairs in {count:,} shard{'s' * (count > 1)}, fingerprint {index.fingerprint[:12]}")
     if index.problems:
         say(world, "left out: " + ", ".join(f"{count} x {cause}" for cause, count in sorted(index.problems.items())))
     return index

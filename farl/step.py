@@ -40,6 +40,7 @@ class Masks:
     share: Tensor
 
     def part(self, rows: slice) -> Masks:
+        """Those of some samples; the share is still that of the whole global batch."""
         return Masks(self.mask[rows], self.positions[rows], self.targets[rows], self.share)
 
 

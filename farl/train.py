@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from dataclasses import replace
 
 from farl import cli
 from farl.config import PRESETS, TrainConfig
@@ -21,8 +23,12 @@ def read_config(argv: list[str]) -> TrainConfig:
         name, rest = argv[0], argv[1:]
     if name not in PRESETS:
         cli.fail_usage(PROG, f"there is no preset {name!r}; use one of {', '.join(PRESETS)}")
-    description = f"{TrainConfig.__doc__}\n\nPresets: {', '.join(PRESETS)}. Shown here: {name}."
-    return cli.parse(TrainConfig, rest, default=PRESETS[name](), prog=PROG, description=description)
+    preset = PRESETS[name]()
+    given = {word.split("=", 1)[0].replace("_", "-") for word in rest}
+    if "--data" in given and "--eval-data" not in given:
+        preset = replace(preset, eval_data="")  # the preset's held-out shards belong to its own data
+    description = f"{inspect.getdoc(TrainConfig)}\n\nPresets: {', '.join(PRESETS)}. Shown here: {name}."
+    return cli.parse(TrainConfig, rest, default=preset, prog=PROG, description=description)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from farl import cli
 from farl.data.keys import in_validation, sample_key
 from farl.data.sources import TABLE_SUFFIXES, Files, Sample, Skipped, read_folder, read_groups, read_table
 from farl.data.tars import Tars, find_tars
+from farl.progress import Progress
 
 PROG = "farl.data build"
 DESCRIPTION = """Writes tar shards from pairs of images and captions.
@@ -168,7 +169,7 @@ def _write(
             name: stack.enter_context(ShardWriter(partial / f"{name}-%05d.tar", options.samples_per_shard))
             for name in splits
         }
-        progress = stack.enter_context(cli.Progress(total, "writing shards"))
+        progress = stack.enter_context(Progress(total, "writing shards"))
         for row in source:
             progress.update()
             sample = row if groups is None or isinstance(row, Skipped) else _grouped(row, groups)

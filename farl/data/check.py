@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import numpy as np
 import tyro
 
 from farl import cli
+from farl.progress import Progress
 
 if TYPE_CHECKING:
     from farl.data.probe import Facts, Prober
@@ -42,8 +42,8 @@ class CheckOptions:
     """Fail (code 1) when a larger share of the samples is bad."""
     decode: bool = False
     """Decode every image too, as training does: finds truncated and broken ones."""
-    threads: int = len(os.sched_getaffinity(0))
-    """Threads that read and decode."""
+    threads: int = os.cpu_count() or 1
+    """Threads that read and decode; one a core if not given."""
 
     def __post_init__(self) -> None:
         if not self.shards:
@@ -95,10 +95,10 @@ def check(options: CheckOptions) -> dict[str, Any]:
     from farl.data.probe import Prober
     from farl_engine.data import ShardIndex
 
-    index = ShardIndex.build(options.shards, progress=sys.stderr.isatty())
+    index = ShardIndex.build(options.shards, progress=True)
     prober = Prober(index, decode=options.decode)
     tally = Tally()
-    with cli.Progress(len(index), "checking") as progress:
+    with Progress(len(index), "checking") as progress:
         for i, facts in enumerate(_in_order(prober, len(index), options.threads)):
             tally.add(facts, index.shard_names[index.shard_of(i)], index.key(i))
             progress.update()

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from farl import cli
 from farl.evaluation.captions import caption_digest
 from farl.evaluation.pair_reader import read_batches
+from farl.progress import Progress
 from farl_engine.data import CpuDecoder
 
 
@@ -76,7 +76,7 @@ def extract_features(
     images: list[Tensor] = []
     texts: list[Tensor] = []
     digests: list[Tensor] = []
-    bar = cli.Progress(len(positions), progress, unit="pairs") if progress else contextlib.nullcontext()
+    bar = Progress(len(positions), progress, unit="pairs") if progress else contextlib.nullcontext()
     was_training = model.training
     model.eval()
     try:
@@ -90,7 +90,7 @@ def extract_features(
                     continue  # this rank has no batch in the last round, but asked with the others
                 batch = next(read)
                 bad += batch.bad
-                if isinstance(bar, cli.Progress):
+                if isinstance(bar, Progress):
                     bar.update(sum(len(b) for b in batches[number * world_size : (number + 1) * world_size]))
                 if not batch.positions:
                     continue

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from farl import cli
 
@@ -17,9 +17,9 @@ PROG = "farl.export"
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: Positional[str]
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")]
     """Training checkpoint, folder of a run (its latest checkpoint), or released weights (CLIP or FaRL layout)."""
-    out: Positional[str]
+    out: Annotated[Positional[str], arg(metavar="OUT")]
     """A file (.pt or .safetensors) for openai-clip, a folder for the others."""
     format: Literal["openai-clip", "open-clip", "timm", "transformers"]
     """The layout to write. timm takes the image tower alone."""
@@ -28,7 +28,8 @@ class Options:
     activation: Literal["auto", "quick_gelu", "gelu"] = "auto"
     """Activation of the MLPs; auto takes what the checkpoint says, else QuickGELU."""
     vision_heads: int = 0
-    """Attention heads of the image tower; 0 takes what the checkpoint says, else width / 64."""
+    """Attention heads of the image tower; 0 takes what the checkpoint says, else those of the named model of that
+    width, else width / 64."""
     text_heads: int = 0
     """Attention heads of the text tower; 0 as above."""
 

@@ -22,7 +22,8 @@ _TIMM_ARCHITECTURE = {
 def export_model(model: FaRL, out: str | Path, format: Format, *, drop_mim: bool = False) -> list[Path]:
     """Write `model` for another library and return the files.
 
-    - "openai-clip": `out` is a file, .pt (or .pth: a plain state dict) or .safetensors.
+    - "openai-clip": `out` is a file, .pt (or .pth: a plain state dict) or .safetensors, whose metadata tell
+      `load_pretrained` the sizes and the activation.
     - "open-clip": `out` is a folder for ``open_clip.create_model("local-dir:OUT")``.
     - "timm": a folder for ``timm.create_model("local-dir:OUT", pretrained=True)``; image tower with its projection.
     - "transformers": a folder for ``CLIPModel.from_pretrained(OUT)`` and ``CLIPImageProcessor``. Text is pooled there
@@ -37,7 +38,7 @@ def export_model(model: FaRL, out: str | Path, format: Format, *, drop_mim: bool
         if out.suffix not in (".pt", ".pth", ".safetensors"):
             raise ValueError(f"{out}: a file for openai-clip ends in .pt, .pth or .safetensors")
         out.parent.mkdir(parents=True, exist_ok=True)
-        return [_write_weights(out, weights)]
+        return [_write_weights(out, weights, metadata={"model_config": json.dumps(model.config.to_dict())})]
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; {format} needs a folder")
     out.mkdir(parents=True, exist_ok=True)

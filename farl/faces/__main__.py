@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from farl import cli
 from farl.faces.shards import FaceSet, write_faces
+from farl.faces.sheet import sample_sheet
+from farl.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,12 @@ def main(argv: list[str] | None = None) -> int | None:
         description="Draw faces with captions, masks, landmarks and attributes, and write them as webdataset shards.",
     )
     faces = FaceSet(options.train, options.val, options.size, options.seed, options.samples_per_shard)
-    with cli.Progress(options.train + options.val, "drawing faces", unit="faces") as bar:
+    with Progress(options.train + options.val, "drawing faces", unit="faces") as bar:
         new = write_faces(options.out, faces, workers=options.workers, overwrite=options.overwrite, progress=bar.update)
     if not new:
         print(f"{options.out}: already there (--overwrite draws it again)")
         return 0
     if options.sheet:
-        from pathlib import Path
-
-        from farl.faces.sheet import sample_sheet
-
         sample_sheet(Path(options.out) / "sheet.png", 2, 6, seed=options.seed)
     print(f"{options.out}: {options.train} training and {options.val} held-out faces of {options.size} px")
     return 0

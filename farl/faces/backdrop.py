@@ -16,6 +16,7 @@ def _byte(rgb: Array | tuple[float, float, float]) -> tuple[int, int, int]:
 
 
 def paint_background(scene: Scene) -> None:
+    """Fills the canvas; call first."""
     t, size, rng = scene.traits, scene.canvas.size, scene.rng
     first = np.array(palette.BACKDROP[t.background_color], np.float32)
     second = np.array(palette.BACKDROP[t.background_color2], np.float32)

@@ -10,6 +10,7 @@ from farl.faces.scene import Scene
 
 
 def paint_beard(scene: Scene, layer: Canvas) -> None:
+    """Paints the beard, if any, on the unlit face."""
     t, rng, unit = scene.traits, scene.rng, scene.unit
     if t.beard == "none":
         return

@@ -30,9 +30,11 @@ class _Words:
         self.rng = rng
 
     def one(self, *choices: str) -> str:
+        """One of the choices, all equally likely."""
         return choices[int(self.rng.random() * len(choices))]
 
     def often(self, probability: float) -> bool:
+        """True with this probability."""
         return bool(self.rng.random() < probability)
 
 

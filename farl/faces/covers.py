@@ -11,6 +11,7 @@ from farl.faces.scene import BACKGROUND, Scene
 
 
 def paint_cover(scene: Scene) -> None:
+    """Paints what lies over the face, if anything; call last."""
     painter = {"mask": _mask, "scarf": _scarf, "hand": _hand, "sun": _sun}.get(scene.traits.cover)
     if painter:
         painter(scene)

@@ -11,6 +11,7 @@ from farl.faces.scene import LEFT_BROW, LEFT_EYE, Scene
 
 
 def paint_brows(scene: Scene, layer: Canvas) -> None:
+    """Paints both brows on the unlit face."""
     t, head, shape, rng = scene.traits, scene.head, scene.traits.shape, scene.rng
     hair = np.array(t.hair_rgb, np.float32)
     if t.hair_color in ("pink", "blue", "white"):
@@ -47,6 +48,7 @@ def paint_brows(scene: Scene, layer: Canvas) -> None:
 
 
 def paint_eyes(scene: Scene, layer: Canvas, skin: Array) -> None:
+    """Paints both eyes on the unlit face; catchlights come after the light."""
     t, head, shape = scene.traits, scene.head, scene.traits.shape
     eyes = [eye(shape, side, t.gaze) for side in SIDES]
     polygons = [head.pixels_of(e.polygon) for e in eyes]

@@ -27,6 +27,7 @@ class Eye:
 
 
 def eye(shape: HeadShape, side: int, gaze: tuple[float, float] = (0, 0)) -> Eye:
+    """The eye of one side, open as `shape.eye_open` says; `gaze` moves the iris, -1..1 both ways."""
     s = np.linspace(-1, 1, 21, dtype=np.float32)  # inner -> outer
     base = 0.015 - 0.5 * (s + 1) * shape.eye_tilt
     arch = (1 - np.abs(s) ** 2.2) * (1 + 0.12 * s)
@@ -50,6 +51,7 @@ def brow_curve(shape: HeadShape, side: int, worried: float = 0.0) -> Array:
 
 
 def brow(shape: HeadShape, side: int, worried: float = 0.0) -> Array:
+    """Outline [32, 2] of a brow."""
     curve = brow_curve(shape, side, worried)
     s = np.linspace(0, 1, len(curve), dtype=np.float32)
     return ribbon(curve, shape.brow_thick * (0.82 + 0.4 * s - 1.02 * s**2.2 + 0.08))
@@ -99,6 +101,7 @@ class Mouth:
 
 
 def mouth(shape: HeadShape) -> Mouth:
+    """The lips with the expression of `shape`."""
     s = np.linspace(-1, 1, 33, dtype=np.float32)
     x = shape.mouth_half * s
     gap, wide = shape.open_mouth, shape.smile

@@ -95,17 +95,20 @@ class Head:
         self._mesh: tuple[Array, Array, Array] | None = None
 
     def half_width(self, y: Array) -> Array:
+        """Half the width of the face at heights y."""
         s = self.shape
         upper = np.clip(1 - (np.abs(np.minimum(y, 0)) / s.top) ** 2.4, 0, 1) ** 0.45
         lower = np.clip(1 - (np.maximum(y, 0) / self.chin) ** s.taper, 0, 1) ** (1 / s.square)
         return s.width * upper * lower
 
     def depth(self, y: Array) -> Array:
+        """z of the smooth head's middle line at heights y."""
         upper = np.clip(1 - (np.abs(np.minimum(y, 0)) / self.shape.top) ** 3.0, 0, 1) ** 0.5
         lower = np.clip(1 - (np.maximum(y, 0) / self.chin) ** 6.0, 0, 1) ** 0.5
         return 0.97 * upper * lower
 
     def nose(self, x: Array, y: Array) -> Array:
+        """Height of the nose over the smooth head at frontal (x, y)."""
         s = self.shape
         along = np.clip((y + 0.22) / (s.nose_y - 0.08 + 0.22), 0, 1)
         fall = 1 / (1 + np.exp((y - (s.nose_y + 0.015)) / 0.028))
@@ -146,6 +149,7 @@ class Head:
         return width * np.sin(angle)
 
     def clamp(self, x: Array, y: Array) -> Array:
+        """x moved to what is still seen of the face at heights y."""
         return np.clip(x, -self.limb(y, -1), self.limb(y, 1))
 
     def view_of(self, points: ArrayLike, *, above: float = 0.0) -> Array:

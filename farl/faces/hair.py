@@ -47,6 +47,7 @@ class HairPainter:
         self.shade_front = scene.rng.uniform(0.9, 1.05)
 
     def lock(self, first: Array, second: Array, look: Look | None = None, *, label: int = HAIR) -> None:
+        """Paints the hair between two sides, view coordinates [STEPS, 2] from the roots to the tips."""
         look = look or Look()
         scene, rng = self.scene, self.scene.rng
         strands = max(4, int(look.strands * min(scene.canvas.size / 160, 1.6)))

@@ -60,6 +60,7 @@ def _ribs(scene: Scene, top: Array, bottom: Array, count: int, shape: Array) -> 
 
 
 def paint_hat(scene: Scene) -> None:
+    """Paints the hat, if any, and its shadow; call after the hair."""
     t, canvas, unit = scene.traits, scene.canvas, scene.unit
     if t.hat == "none":
         return

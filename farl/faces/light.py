@@ -51,6 +51,7 @@ LIGHTS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float], 
 
 
 def make_light(name: str, rng: np.random.Generator) -> Light:
+    """The light of that name in `LIGHTS`, a little varied; it may come from the other side."""
     direction, key, fill = LIGHTS[name]
     turned = np.array(direction) + rng.normal(0, 0.12, 3) * (1, 1, 0.3)
     if name in ("soft", "warm", "cool", "dim") and rng.random() < 0.5:
@@ -64,6 +65,7 @@ def make_light(name: str, rng: np.random.Generator) -> Light:
 
 
 def roll_normals(normal: Array, roll: float) -> Array:
+    """Normals [..., 3] in head axes to picture axes, or back with a negative `roll` (radians)."""
     c, s = np.cos(roll), np.sin(roll)
     return normal @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]], np.float32)
 

@@ -11,6 +11,7 @@ from farl.faces.scene import INNER_MOUTH, LOWER_LIP, UPPER_LIP, Scene
 
 
 def paint_mouth(scene: Scene, layer: Canvas, skin: Array) -> None:
+    """Paints lips, teeth and tongue on the unlit face."""
     t, head, shape, unit = scene.traits, scene.head, scene.traits.shape, scene.unit
     m = mouth(shape)
     natural = skin * np.array([0.90, 0.62, 0.60], np.float32) + np.array([0.03, 0.0, 0.01], np.float32)

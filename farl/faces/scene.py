@@ -20,6 +20,8 @@ NOSE, UPPER_LIP, INNER_MOUTH, LOWER_LIP, HAIR = range(6, 11)
 
 @dataclass
 class Scene:
+    """One picture in the making."""
+
     traits: Traits
     canvas: Canvas
     head: Head
@@ -37,6 +39,7 @@ class Scene:
 
     @property
     def worried(self) -> float:
+        """How far the brows rise inwards, 0..1."""
         return 1.0 if self.traits.expression == "sad" else 0.0
 
     @cached_property
@@ -46,15 +49,18 @@ class Scene:
 
     @cached_property
     def skull_radius(self) -> tuple[float, float]:
+        """Half width and height of the skull as seen, in view coordinates."""
         turn = abs(self.pose.yaw)
         return float(np.hypot(np.cos(turn), 1.16 * np.sin(turn)) * self.head.shape.width), 1.13
 
     @cached_property
     def outline(self) -> Array:
+        """Silhouette of the head in pixels."""
         return self.pose.pixels(self.head.outline())
 
     @cached_property
     def face_stamp(self) -> Stamp:
+        """Coverage of the head."""
         return self.canvas.stamp([self.outline])
 
     def lit(self, rgb: tuple[float, float, float] | Array, normal: tuple[float, float, float]) -> Array:
@@ -81,6 +87,7 @@ class Scene:
 
 
 def make_scene(traits: Traits, size: int, rng: np.random.Generator) -> Scene:
+    """Poses the head of `traits` on an empty canvas of `size` pixels and lights it."""
     center = (size * (0.5 + traits.shift[0] - 0.09 * traits.yaw), size * (0.475 + traits.shift[1]))
     pose = Pose(traits.yaw, traits.pitch, traits.roll, traits.zoom * size, center)
     return Scene(traits, Canvas(size), Head(traits.shape, pose), make_light(traits.light, rng), rng)

@@ -11,6 +11,7 @@ from farl.faces.scene import BACKGROUND, Scene
 
 
 def paint_earrings(scene: Scene) -> None:
+    """Paints the earrings, if any, that are on a visible side."""
     t = scene.traits
     if not t.earrings:
         return
@@ -44,6 +45,7 @@ def _lens(style: str, side: int, eye_x: float, grow: float) -> Array:
 
 
 def paint_glasses(scene: Scene) -> None:
+    """Paints the glasses, if any, and their shadow; call after the face."""
     t = scene.traits
     if t.glasses == "none":
         return
@@ -61,7 +63,7 @@ def paint_glasses(scene: Scene) -> None:
     width = float(scene.head.half_width(np.array([-0.05]))[0])
     temples = []
     for side in SIDES:
-        hinge = _lens(t.glasses, side, t.shape.eye_x, thick)[3 if side else 0]
+        hinge = _lens(t.glasses, side, t.shape.eye_x, thick)[3]
         front = [side * abs(hinge[0]), -0.06, 1.06 - 0.10 * hinge[0] ** 2]
         path = scene.at(
             scene.pose.view([front, [side * (width + 0.03), -0.05, 0.55], [side * (width + 0.05), 0.0, -0.05]])

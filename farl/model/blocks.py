@@ -34,10 +34,12 @@ class Stream(NamedTuple):
     x_bias: Tensor | None = None
 
     def value(self) -> Tensor:
+        """The sum that the stream stands for: [..., C]."""
         x = self.x if self.x_bias is None else self.x + self.x_bias.to(self.x.dtype)
         return x if self.residual is None else self.residual + x
 
     def rows(self, take: TakeRows) -> Stream:
+        """The stream at the rows that `take` picks."""
         return Stream(take(self.x), None if self.residual is None else take(self.residual), self.x_bias)
 
     def halves(self) -> tuple[Stream, Stream]:
@@ -120,6 +122,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two linear layers with an activation between, under CLIP's names."""
+
     def __init__(self, width: int, mlp_ratio: float, activation: Activation) -> None:
         super().__init__()
         hidden = round(width * mlp_ratio)
@@ -145,6 +149,7 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(width, layer_norm_cast)
 
     def forward(self, stream: Stream, *, causal: bool = False, packing: Packing | None = None) -> Stream:
+        """The stream after the block, [n, N, C], or packed [T, C] with `packing`."""
         h, residual = self.ln_1(stream)
         return self._mlp(Stream(self.attn(h, causal=causal, packing=packing), residual, self.attn.out_proj.bias))
 
@@ -187,6 +192,7 @@ class Transformer(nn.Module):
         return block
 
     def all_but_last(self, stream: Stream, *, causal: bool = False, packing: Packing | None = None) -> Stream:
+        """The stream that enters the last block."""
         for index in range(len(self.resblocks) - 1):
             stream = self.run(self.block(index), stream, causal=causal, packing=packing)
         return stream

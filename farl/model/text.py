@@ -31,6 +31,7 @@ class PackedText:
         return len(self.cu_seqlens) - 1
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PackedText:
+        """The same captions on `device`."""
         return PackedText(
             self.tokens.to(device, non_blocking=non_blocking),
             self.cu_seqlens.to(device, non_blocking=non_blocking),
@@ -38,6 +39,7 @@ class PackedText:
         )
 
     def pin_memory(self) -> PackedText:
+        """The same captions in page-locked memory."""
         return PackedText(self.tokens.pin_memory(), self.cu_seqlens.pin_memory(), self.max_seqlen)
 
     def part(self, rows: slice) -> PackedText:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from farl.model.config import MODELS, Activation, MimConfig, ModelConfig, TextConfig, VisionConfig
 from farl.model.farl import FaRL
+from farl.model.weight_files import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +44,10 @@ def load_pretrained(
     Args:
         source: a .pt, .pth or .safetensors file, a checkpoint of a training run (or the run's folder, for its latest),
             or a state dict; a dict may be wrapped as {"state_dict": ...} and its names may begin with "module.".
-        activation: of the MLPs; None takes what a training checkpoint says, else QuickGELU, as in CLIP and FaRL.
-        vision_heads, text_heads: None takes what a training checkpoint says, else those of the named model with a tower
-            of that width (H/14 has 16 heads of 80), else width / 64.
+        activation: of the MLPs; None takes what a training checkpoint or an exported .safetensors says, else QuickGELU,
+            as in CLIP and FaRL.
+        vision_heads, text_heads: None takes what the file says, likewise, else those of the named model with a tower of
+            that width (H/14 has 16 heads of 80), else width / 64.
         ignore: names, or patterns such as those of `MIM_KEYS`, of entries to leave out.
 
     A layout with the masked branch is taken for FaRL's, and its LayerNorm for FaRL's; else both are CLIP's.
@@ -56,18 +57,18 @@ def load_pretrained(
         OSError: the file cannot be read.
     """
     name = str(source) if isinstance(source, str | Path) else "the state dict"
-    content = _read(Path(source)) if isinstance(source, str | Path) else source
+    content = read_weights(Path(source)) if isinstance(source, str | Path) else source
     weights, recorded = _unwrap(content, name)
     weights = {key: value for key, value in weights.items() if not _matches(key, (*ignore, *CLIP_CONSTANTS))}
     if recorded is not None:
         config = _override(recorded, activation, vision_heads, text_heads, without_mim=not _has_mim(weights))
     else:
-        if activation is None:
-            logger.warning("%s does not say its activation: QuickGELU assumed, as in CLIP and FaRL", name)
         config = _infer_config(weights, name, activation or "quick_gelu", vision_heads, text_heads)
     with torch.device("meta"):
         model = FaRL(config)
     _check_fit(model, weights, name)
+    if recorded is None and activation is None:
+        logger.warning("%s does not say its activation: QuickGELU assumed, as in CLIP and FaRL", name)
     model.to_empty(device="cpu")
     model.load_state_dict({key: value.float() for key, value in weights.items()})
     return model.eval()
@@ -80,54 +81,6 @@ def read_model_config(content: Mapping[str, Any]) -> ModelConfig | None:
         if isinstance(found, Mapping) and "embed_dim" in found:
             return ModelConfig.from_dict(found)
     return None
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    if path.is_dir():
-        path = _latest_of_run(path)
-    if not path.exists():
-        raise FileNotFoundError(2, "no such file", str(path))
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from None
-    if _is_torchscript(path):
-        raise ValueError(
-            f"{path} is a TorchScript archive, which is not opened because it may hold code; if you trust it, convert "
-            "it once: torch.save(torch.jit.load(path, map_location='cpu').state_dict(), 'weights.pt')"
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights")
-    return content
-
-
-def _latest_of_run(folder: Path) -> Path:
-    from farl_engine.checkpoint import CheckpointStore
-
-    for directory in (folder / "checkpoints", folder):
-        store = CheckpointStore(directory)
-        step = store.latest()
-        if step is not None:
-            return store.path(step)
-    raise ValueError(f"{folder} is a folder without checkpoints: name a file or the folder of a training run")
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
 
 
 def _unwrap(content: Mapping[str, Any], name: str) -> tuple[dict[str, Tensor], ModelConfig | None]:

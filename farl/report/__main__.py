@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from farl import cli
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    run_dir: Positional[str]
+    run_dir: Annotated[Positional[str], arg(metavar="RUN_DIR")]
     """Folder of the run, with its metrics.jsonl."""
 
 

@@ -16,7 +16,7 @@ Record = dict[str, Any]
 # File name -> title and the sentence under it, in the order of the page.
 PICTURES = {
     "curves.png": ("Curves", "From metrics.jsonl. Dashed: what guessing gives."),
-    "caption_to_images.png": ("Captions and the images they find", "Queries are taken at equal distances, unseen."),
+    "caption_to_images.png": ("Captions and the images they find", "Queries are taken at equal distances, not chosen."),
     "image_to_captions.png": ("Images and the captions they find", "Green: the image's own caption."),
     "masked_patches.png": (
         "Masked patches and predicted tokens",
@@ -75,8 +75,11 @@ def write_page(
             for name, value, note in figures
         )
         parts.append(f'<div class="figures">{cards}</div>')
+    trained_on = config is not None and config.get("eval_data") == ""
     for name, (heading, sentence) in PICTURES.items():
         if (path.parent / name).is_file():
+            if trained_on and name != "curves.png":
+                sentence += " These are training pairs: the run had no --eval-data."
             parts.append(
                 f'<section><h2>{heading}</h2><p>{html.escape(sentence)}</p><a href="{name}">'
                 f'<img src="{name}" alt="{heading}"></a></section>'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +15,11 @@ from farl.report.curves import draw_curves, read_metrics
 from farl.report.page import write_page
 from farl.report.patches import draw_masked_patches
 from farl.report.retrieval import draw_caption_queries, draw_image_queries
+from farl.tokens import VisualTokenizer
 
 MASKED_ROWS = 5
 # Enough that a right first answer means something, few enough to decode in a second.
 REPORT_PAIRS = 400
-
-
-class VisualTokens(Protocol):
-    """A visual tokenizer: `PatchCodebook`, `DalleEncoder`; one that has `decode` gets its tokens drawn as pixels."""
-
-    def __call__(self, images: Tensor) -> Tensor: ...
 
 
 def write_report(
@@ -34,7 +29,7 @@ def write_report(
     captions: Sequence[str] | None = None,
     *,
     text_tokenizer: Callable[[list[str]], Any] | None = None,
-    visual_tokenizer: VisualTokens | None = None,
+    visual_tokenizer: VisualTokenizer | None = None,
     token_images: Tensor | None = None,
     mask_ratio: float = MASK_RATIO,
     seed: int = 0,
@@ -47,7 +42,8 @@ def write_report(
         model: a `FaRL` (not wrapped in DDP) on any device; None redraws curves and page alone.
         images: uint8 [N, S, S, 3], held-out; captions: their N captions. Some hundreds make a fair retrieval picture.
         text_tokenizer: captions -> `PackedText`; None takes `farl.tokenizer.pack`.
-        visual_tokenizer: the run's visual tokens; None leaves the picture of the masked branch out.
+        visual_tokenizer: the run's visual tokens, drawn as pixels if it has `decode`; None leaves the picture of the
+            masked branch out.
         token_images: uint8 [N, T, T, 3], where the tokenizer wants a size of its own.
         mask_ratio: largest share of patches to mask, as in training.
 
@@ -89,7 +85,7 @@ def report_run(
     model: Any,
     index: Any,
     decoder: Any,
-    visual_tokenizer: VisualTokens | None = None,
+    visual_tokenizer: VisualTokenizer | None = None,
     *,
     mask_ratio: float = MASK_RATIO,
     seed: int = 0,
@@ -143,7 +139,7 @@ def _draw_patches(
     folder: Path,
     model: Any,
     images: Tensor,
-    visual_tokenizer: VisualTokens,
+    visual_tokenizer: VisualTokenizer,
     token_images: Tensor | None,
     mask_ratio: float,
     seed: int,

@@ -5,13 +5,11 @@ from __future__ import annotations
 from farl.tokens.codebook import PatchCodebook
 from farl.tokens.convert import convert_encoder_pickle
 from farl.tokens.dalle import DalleEncoder
-from farl.tokens.tokenizer import VisualTokenizer, build_tokenizer, token_usage
+from farl.tokens.tokenizer import VisualTokenizer
 
 __all__ = [
     "DalleEncoder",
     "PatchCodebook",
     "VisualTokenizer",
-    "build_tokenizer",
     "convert_encoder_pickle",
-    "token_usage",
 ]

@@ -27,11 +27,9 @@ class PatchCodebook:
         vocab_size: number of codes.
         patch_size: side of a patch in pixels, that of the image tower.
         token_image_size: None: tokens come from the images that the model sees.
-        token_resample: None, as no other image is needed.
     """
 
     token_image_size: int | None = None
-    token_resample: str | None = None
 
     def __init__(self, centroids: torch.Tensor, pictures: torch.Tensor) -> None:
         """`centroids` int16 [V, F] as in `state_dict`; `pictures` uint8 [V, p, p, 3], the patch that a code draws."""

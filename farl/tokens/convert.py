@@ -43,10 +43,13 @@ def convert_encoder_pickle(path: str | Path, out: str | Path) -> DalleEncoder:
         The encoder, loaded from what was written.
 
     Raises:
-        ValueError: `path` is missing, is no such file, or names anything but the encoder's classes.
+        ValueError: `path` is missing, is no such file, or names anything but the encoder's classes; or `out` lies in no
+            folder.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
+    if not Path(out).parent.is_dir():
+        raise ValueError(f"{out}: the folder {Path(out).parent} is not there; make it first")
     try:
         state = _read(Path(path))
         DalleEncoder.from_state_dict(state)

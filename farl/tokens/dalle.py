@@ -59,8 +59,6 @@ class DalleEncoder(nn.Module):
             CUDA, fp32 elsewhere.
     """
 
-    token_resample: str | None = "lanczos"
-
     def __init__(
         self,
         vocab_size: int = 8192,

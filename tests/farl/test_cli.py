@@ -1,4 +1,4 @@
-"""Commands: options from a dataclass, one line for a user's error with the fix, exit codes, progress."""
+"""Commands: options from a dataclass, one line for a user's error with the fix, exit codes."""
 
 from __future__ import annotations
 
@@ -217,6 +217,21 @@ class TestRun:
             signal.signal(signal.SIGTERM, before)
         assert capsys.readouterr().err == "farl.thing [rank 3]: bad\n"
 
+    def test_the_end_of_another_process_is_no_defect(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def main() -> None:
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1949. GLHF!")
+
+        with pytest.raises(RuntimeError):  # without torchrun there is no other process
+            cli.run(main, "farl.thing")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(SystemExit) as leaving:
+            cli.run(main, "farl.thing")
+        assert leaving.value.code == 1
+        said = capsys.readouterr().err
+        assert said == "farl.thing: another process of this run has ended: see what it says, or its exit code\n"
+
     def test_a_rank_that_torchrun_ends_meanwhile_says_nothing(self) -> None:
         code = (
             "import os, signal, threading; from farl import cli\n"
@@ -241,37 +256,3 @@ class TestRun:
         assert first.stderr.read() == ""
         first.stderr.close()
         assert first.wait() == 141
-
-
-class TestProgress:
-    def test_plain_lines_at_intervals(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        now = [0.0]
-        monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
-        stream = io.StringIO()
-        with cli.Progress(2000, "checking", interval=10, stream=stream) as progress:
-            for _ in range(4):
-                now[0] += 6
-                progress.update(500)
-        assert stream.getvalue().splitlines() == [
-            "checking: 1,000/2,000 (50 %) samples, 83/s",
-            "checking: 2,000/2,000 (100 %) samples, 83/s",
-        ]
-
-    def test_a_short_job_needs_no_line_and_other_ranks_none_at_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        stream = io.StringIO()
-        with cli.Progress(None, "quick", stream=stream) as progress:
-            progress.update()
-        monkeypatch.setenv("RANK", "1")
-        with cli.Progress(None, "silent", interval=0, stream=stream) as progress:
-            progress.update()
-        assert stream.getvalue() == ""
-
-    def test_a_bar_on_a_terminal(self) -> None:
-        class Terminal(io.StringIO):
-            def isatty(self) -> bool:
-                return True
-
-        stream = Terminal()
-        with cli.Progress(3, "drawing", stream=stream) as progress:
-            progress.update(3)
-        assert "drawing: 100%" in stream.getvalue()

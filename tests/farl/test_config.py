@@ -73,6 +73,13 @@ def test_quickstart_is_the_default() -> None:
     assert read_config([]) == PRESETS["quickstart"]()
 
 
+def test_held_out_shards_of_a_preset_stay_with_its_data() -> None:
+    assert read_config(["--seed", "1"]).eval_data == "data/quickstart/val-*.tar"
+    for words in (["--data", "mine.tar"], ["--data=mine.tar"]):
+        assert read_config(words).eval_data == ""
+    assert read_config(["--data", "mine.tar", "--eval-data", "rest.tar"]).eval_data == "rest.tar"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -107,6 +107,14 @@ def test_openai_layout_round_trips_with_the_masked_branch(model, tmp_path, name)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
 
 
+@pytest.mark.parametrize("drop_mim", [False, True])
+def test_a_safetensors_file_says_its_sizes_and_activation(model, tmp_path, drop_mim, caplog):
+    export_model(model, tmp_path / "out.safetensors", "openai-clip", drop_mim=drop_mim)
+    again = load_pretrained(tmp_path / "out.safetensors")
+    assert again.config == replace(model.config, mim=None if drop_mim else model.config.mim)
+    assert not caplog.records
+
+
 @torch.no_grad()
 def test_openai_layout_without_the_masked_branch(model, tmp_path):
     export_model(model, tmp_path / "out.pt", "openai-clip", drop_mim=True)

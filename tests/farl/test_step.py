@@ -23,8 +23,6 @@ class MeanTokens:
     vocab_size = 16
     token_image_size = None
 
-    token_resample = None
-
     def __call__(self, images: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         patches = images.float().unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4, 5))
         tokens = (patches / 16).long().clamp(max=15).flatten(1)

@@ -96,6 +96,20 @@ def test_heads_are_sixty_four_wide_by_default():
     assert loaded.config == config
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_named_models_have_their_heads_whatever_the_file_says(name):
+    """H/14 has heads of 80, farl-micro of 16: features of other heads would be wrong without an error."""
+    sizes = MODELS[name]
+    config = replace(
+        sizes,
+        vision=replace(sizes.vision, layers=1),
+        text=replace(sizes.text, layers=1, vocab_size=9, context_length=5),
+        mim=None,
+        layer_norm_cast="after",
+    )
+    assert load_pretrained(FaRL(config).state_dict()).config == config
+
+
 def test_constants_of_openai_files_are_no_weights(weights):
     constants = {"input_resolution": torch.tensor(24), "context_length": 11, "vocab_size": torch.tensor(50)}
     assert_equal_weights(load_pretrained(weights | constants, **HEADS), weights)

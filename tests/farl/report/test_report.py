@@ -212,3 +212,11 @@ def test_report_from_shards_leaves_out_what_cannot_be_read(tmp_path: Path) -> No
 def test_a_page_without_anything_says_so(tmp_path: Path) -> None:
     assert "No log line yet" in write_page(tmp_path / "index.html", title="empty").read_text()
     assert "No log line yet" in write_report(tmp_path / "nothing").read_text()
+
+
+def test_pictures_of_training_pairs_say_so(tmp_path: Path) -> None:
+    (tmp_path / "curves.png").touch()
+    (tmp_path / "image_to_captions.png").touch()
+    for config, count in ({"eval_data": ""}, 1), ({"eval_data": "val.tar"}, 0), ({}, 0):
+        page = write_page(tmp_path / "index.html", title="run", config=config).read_text()
+        assert page.count("These are training pairs") == count

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from farl import cli
 from farl.tokens import DalleEncoder, convert_encoder_pickle
 from farl.tokens.__main__ import main
 
@@ -165,7 +166,7 @@ def test_pickled_encoder_is_converted_without_its_package(
     assert state.keys() == encoder.state_dict().keys()
     assert all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items())
     loaded = DalleEncoder.from_file(tmp_path / "encoder.safetensors", token_image_size=24)
-    assert (loaded.vocab_size, loaded.token_image_size, loaded.token_resample) == (32, 24, "lanczos")
+    assert (loaded.vocab_size, loaded.token_image_size) == (32, 24)
 
 
 def test_saved_state_dict_is_converted(tmp_path: Path) -> None:
@@ -227,8 +228,12 @@ def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path: Path, capsys: p
         DalleEncoder.from_file(out)
     with pytest.raises(ValueError, match=r"convert"):
         DalleEncoder.from_file(tmp_path / "other.pkl")
-    assert main(["convert", str(tmp_path / "page.pkl"), str(out)]) == 1
-    assert capsys.readouterr().err.startswith("error: ") and not out.exists()
+    with pytest.raises(ValueError, match=r"the folder .*absent is not there; make it first"):
+        convert_encoder_pickle(tmp_path / "other.pkl", tmp_path / "absent" / "out.safetensors")
+    with pytest.raises(SystemExit) as leaving:
+        cli.run(lambda: main(["convert", str(tmp_path / "page.pkl"), str(out)]), "farl.tokens")
+    assert leaving.value.code == 1 and not out.exists()
+    assert capsys.readouterr().err.startswith(f"farl.tokens: {tmp_path / 'page.pkl'}: not OpenAI's encoder.pkl")
 
 
 def test_command_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
