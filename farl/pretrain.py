@@ -194,7 +194,7 @@ def open_shards(option: str, shards: str, world: World, max_bad_fraction: float)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from None
     if len(set(gather_objects(world, index.fingerprint))) > 1:
-        raise ValueError(f"{option}: the processes see different shards under {shards}; give all machines the same files")
+        raise ValueError(f"{option}: the processes see different files under {shards}; give all machines the same")
     check_excluded(len(index), index.problems, index.excluded_by_shard, max_bad_fraction)
     count = len(index.shard_names)
     say(world, f"{len(index):,} pairs in {count:,} shard{'s' * (count > 1)}, fingerprint {index.fingerprint[:12]}")
