@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import Any
 
-_forced: ContextVar[str | None] = ContextVar("farl_kernels_backend", default=None)
+# Of the process, not of the thread: autograd runs backward passes, and what activation checkpointing computes again in
+# them, in threads of its own.
+_forced: str | None = None
 
 BackendFn = Callable[..., Any]
 RefuseFn = Callable[..., str | None]
@@ -22,14 +23,15 @@ RefuseFn = Callable[..., str | None]
 def use_backend(name: str | None) -> Iterator[None]:
     """Run every op called inside with backend `name`, where the op has one of that name.
 
-    Ops without a backend of that name keep their own choice; an explicit ``backend=`` at a call wins. It holds in the
-    calling thread alone: what activation checkpointing computes again in the backward pass on a GPU takes the default.
+    Ops without a backend of that name keep their own choice; an explicit ``backend=`` at a call wins. It holds in all
+    threads of the process.
     """
-    token = _forced.set(name)
+    global _forced
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 class Op:
@@ -49,9 +51,8 @@ class Op:
 
     def __call__(self, requested: str | None, *args: Any, **kwargs: Any) -> Any:
         """Run the op on the `requested` backend, on the one that `use_backend` set, or on the first that fits."""
-        forced = _forced.get()
-        if requested is None and forced in self._backends:
-            requested = forced
+        if requested is None and _forced in self._backends:
+            requested = _forced
         if requested is not None:
             if requested not in self._backends:
                 raise ValueError(f"{self.name}: backend {requested!r} is not one of {', '.join(self._backends)}")

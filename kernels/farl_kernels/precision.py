@@ -14,7 +14,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks for on `device`; None where it is off, or unknown as for meta tensors."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 

@@ -65,9 +65,8 @@ class ContrastiveFunction(torch.autograd.Function):
         texts = call.gathered.wait()
         images = ranks.all_gather(image) if options.deterministic else None
         all_ids = None if ids is None else ranks.all_gather(ids)
-        # Copies: torch.compile cannot keep for the backward what may be an input itself.
-        s = scale.to(accumulation_dtype(image.dtype), copy=True)
-        b = None if bias is None else bias.to(s.dtype, copy=True)
+        s = scale.to(accumulation_dtype(image.dtype))
+        b = None if bias is None else bias.to(s.dtype)
         tile = Tile(image, texts, ranks.rank * len(image), s, b, ids, all_ids, options)
         both_axes = options.softmax or options.metrics
         if images is None:

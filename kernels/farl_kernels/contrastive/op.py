@@ -39,6 +39,7 @@ def _features(name: str, features: Tensor, precision: str | None) -> Tensor:
     return features.to(PRECISIONS[precision])
 
 
+@torch.compiler.disable
 def gather_features(
     text_features: Tensor, *, group: dist.ProcessGroup | None = None, precision: str | None = None
 ) -> GatheredFeatures:
@@ -61,6 +62,7 @@ def gather_features(
     return GatheredFeatures(_features("text_features", text_features, precision), Ranks(group))
 
 
+@torch.compiler.disable
 def contrastive_loss(
     image_features: Tensor,
     text_features: Tensor | GatheredFeatures,
@@ -88,8 +90,8 @@ def contrastive_loss(
     global mean after the averaging of DDP or FSDP. The scale's and the bias's gradients are right after averaging
     too, but split between ranks in another way than open_clip's.
 
-    torch.compile traces it in one process; with several ranks call it (and :func:`gather_features`) outside of what is
-    compiled. torch.func does not differentiate it.
+    torch.compile leaves it, and :func:`gather_features`, out of its graphs: torch 2.11 would trace the node without
+    complaint and give wrong gradients. torch.func does not differentiate it.
 
     Args:
         image_features: float [n, D], usually L2-normalised. Their dtype is that of the products (sums are float32, or
