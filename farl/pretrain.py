@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from farl.flops import training_flops
 from farl.initialize import build_model, build_optimizer, check_sources, visual_tokenizer
 from farl.masking import mask_sizes
 from farl.resume import check_resumable, snapshot
-from farl.step import TrainStep, clamp_logit_scale
+from farl.step import TrainStep, clamp_logit_scale, pack_parts
 from farl.tokenizer import pack
 from farl_engine import distributed
 from farl_engine.checkpoint import CheckpointStore
@@ -107,7 +108,7 @@ def pretrain(config: TrainConfig) -> None:
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,
-        text_transform=pack,
+        text_transform=partial(pack_parts, micro_batch=config.micro_batch),
         threads=config.threads,
         max_bad_fraction=config.max_bad_fraction,
         device=world.device,
@@ -127,7 +128,6 @@ def pretrain(config: TrainConfig) -> None:
             tokenizer,
             mim_weight=config.mim_weight,
             mask_ratio=config.mask_ratio,
-            micro_batch=config.micro_batch,
             seed=config.seed,
             autocast=bf16,
         ),

@@ -7,6 +7,7 @@ those of the global batch, whatever the number of ranks or micro-batches.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from farl.masking import mask_sizes
 from farl.model import FaRL, PackedText, TrainingOutput
+from farl.tokenizer import pack
 from farl.tokens import VisualTokenizer
 from farl_engine.data import Batch
 from farl_engine.distributed import World
@@ -44,15 +46,41 @@ class Masks:
         return Masks(self.mask[rows], self.positions[rows], self.targets[rows], self.share)
 
 
+@dataclass(frozen=True)
+class TextParts:
+    """The captions of a batch, cut into micro-batches (one part where there are none).
+
+    Cutting reads lengths on the host, so the loader's threads do it before the batch moves to a device.
+    """
+
+    parts: tuple[PackedText, ...]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> TextParts:
+        """The same captions on `device`."""
+        return TextParts(tuple(part.to(device, non_blocking=non_blocking) for part in self.parts))
+
+    def pin_memory(self) -> TextParts:
+        """The same captions in page-locked memory."""
+        return TextParts(tuple(part.pin_memory() for part in self.parts))
+
+
+def pack_parts(captions: list[str], micro_batch: int) -> TextParts:
+    """Tokenize, pack and cut into parts of `micro_batch` captions, the last one of what is left; 0 does not cut."""
+    whole, size = pack(captions), micro_batch or len(captions)
+    return TextParts(tuple(whole.part(slice(start, start + size)) for start in range(0, len(captions), size)))
+
+
 class TrainStep:
     """Callable on a `Batch`: leaves gradients on the parameters, returns this rank's shares of the figures to log.
+
+    The batch is on the rank's device, its text from `pack_parts`. More than one part takes two passes (see
+    `_accumulate`), with no more than a part's images and captions in memory at once.
 
     Args:
         network: the model, wrapped in DDP where there is more than one rank.
         tokenizer: visual tokens for the masked branch; None trains with the contrastive loss alone.
         mim_weight: weight of the masked-token loss.
         mask_ratio: largest share of patches to mask in an image.
-        micro_batch: pairs in memory at once; a smaller number than the batch takes two passes (see `_accumulate`).
         autocast: run the towers in bfloat16.
     """
 
@@ -64,7 +92,6 @@ class TrainStep:
         *,
         mim_weight: float,
         mask_ratio: float,
-        micro_batch: int,
         seed: int,
         autocast: bool,
     ) -> None:
@@ -74,28 +101,22 @@ class TrainStep:
         self._tokenizer = tokenizer
         self._mim_weight = mim_weight
         self._max_masked, self._min_block = mask_sizes(self._model.config.vision.grid, mask_ratio)
-        self._micro_batch = micro_batch
         self._seed = seed
         self._autocast = autocast
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        text: PackedText = batch.text
-        images = batch.images.to(self._world.device, non_blocking=True)
-        masks = self.sample_masks(batch, images) if self._tokenizer is not None else None
-        size = len(images)
-        micro = self._micro_batch or size
-        if micro >= size:
-            return self._whole(images, text.to(self._world.device), masks)
-        parts = [slice(start, min(start + micro, size)) for start in range(0, size, micro)]
-        return self._accumulate(images, text, masks, parts)
+        texts: tuple[PackedText, ...] = batch.text.parts
+        masks = self.sample_masks(batch) if self._tokenizer is not None else None
+        if len(texts) == 1:
+            return self._whole(batch.images, texts[0], masks)
+        return self._accumulate(batch.images, texts, masks)
 
     @torch.no_grad()
-    def sample_masks(self, batch: Batch, images: Tensor) -> Masks:
+    def sample_masks(self, batch: Batch) -> Masks:
         """Masks and targets of a batch: a pure function of seed, sample ids and views (and of the pixels)."""
-        device = self._world.device
         mask, positions = sample_block_masks(
-            batch.ids.to(device),
-            batch.views.to(device),
+            batch.ids,
+            batch.views,
             grid=self._model.config.vision.grid,
             max_masked=self._max_masked,
             min_block=self._min_block,
@@ -105,7 +126,7 @@ class TrainStep:
         if self._world.size > 1:
             dist.all_reduce(count)
         assert self._tokenizer is not None
-        source = images if batch.token_images is None else batch.token_images.to(device, non_blocking=True)
+        source = batch.images if batch.token_images is None else batch.token_images
         return Masks(mask, positions, self._tokenizer(source, positions), 1.0 / count.clamp(min=1.0))
 
     def _forward(self, images: Tensor, text: PackedText, masks: Masks | None) -> TrainingOutput:
@@ -123,16 +144,14 @@ class TrainStep:
         (contrast + self._mim_weight * self._world.size * mim).backward()
         return self._figures(contrast, mim, figures | mim_figures)
 
-    def _accumulate(
-        self, images: Tensor, text: PackedText, masks: Masks | None, parts: list[slice]
-    ) -> dict[str, Tensor]:
+    def _accumulate(self, images: Tensor, texts: tuple[PackedText, ...], masks: Masks | None) -> dict[str, Tensor]:
         """Exact gradients of the whole batch from micro-batches (gradient caching, Gao et al. 2021).
 
         The contrastive loss needs all features at once, so they are computed first without a graph; its gradient with
         respect to them is then carried into a second pass, micro-batch by micro-batch.
         """
-        device = self._world.device
-        texts = [text.part(rows).to(device) for rows in parts]
+        ends = list(itertools.accumulate(len(text) for text in texts))
+        parts = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
         with torch.no_grad(), self._precision():
             outputs = [self._model(images[rows], part) for rows, part in zip(parts, texts, strict=True)]
         image_features = torch.cat([output.image_features for output in outputs]).requires_grad_()
@@ -163,9 +182,11 @@ class TrainStep:
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's mean of the contrastive loss over the global batch, and accuracies within it."""
-        # Normalised in fp32; the exchange and the products then run in the dtype of the towers.
-        image = F.normalize(image_features.float(), dim=-1).to(image_features.dtype)
-        text = F.normalize(text_features.float(), dim=-1).to(text_features.dtype)
+        # Normalised in fp32 at least; the exchange and the products then run in the dtype of the towers.
+        dtype = image_features.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        image = F.normalize(image_features.to(wide), dim=-1).to(dtype)
+        text = F.normalize(text_features.to(wide), dim=-1).to(dtype)
         result = contrastive_loss(image, gather_features(text), logit_scale, return_metrics=True)
         assert isinstance(result, tuple)
         loss, metrics = result

@@ -18,12 +18,17 @@ from farl.report.style import FAINT, GREEN, INK, MUTED, frame, look, save
 
 def spread_queries(captions: Sequence[str], count: int) -> list[int]:
     """Samples with different captions at about equal distances: never a choice by hand or by result."""
+    candidates = list(_first_with(captions).values())
+    count = min(count, len(candidates))
+    return [candidates[(2 * k + 1) * len(candidates) // (2 * count)] for k in range(count)]
+
+
+def _first_with(captions: Sequence[str]) -> dict[str, int]:
+    """Each different caption, normalised, and the first sample that has it, ascending."""
     first: dict[str, int] = {}
     for i, caption in enumerate(captions):
         first.setdefault(normalise_caption(caption), i)
-    candidates = sorted(first.values())
-    count = min(count, len(candidates))
-    return [candidates[(2 * k + 1) * len(candidates) // (2 * count)] for k in range(count)]
+    return first
 
 
 def draw_caption_queries(
@@ -114,9 +119,7 @@ def draw_image_queries(
     """
     pixels, scores = _check(images, captions, image_features, text_features)
     queries = spread_queries(captions, 6) if queries is None else queries
-    first: dict[str, int] = {}
-    for i, caption in enumerate(captions):
-        first.setdefault(normalise_caption(caption), i)
+    first = _first_with(captions)
     choices = list(first.values())
     with look():
         columns = 2 if len(queries) > 1 else 1

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from farl.model import MODELS, FaRL
-from farl.step import TrainStep, clamp_logit_scale
-from farl.tokenizer import pack
+from farl.step import TrainStep, clamp_logit_scale, pack_parts
 from farl_engine.data import Batch
 from farl_engine.distributed import World
 
@@ -44,7 +43,7 @@ def batch() -> Batch:
         images=torch.randint(0, 256, (N, 32, 32, 3), dtype=torch.uint8, generator=generator),
         token_images=None,
         captions=captions,
-        text=pack(captions),
+        text=pack_parts(captions, 0),
     )
 
 
@@ -54,12 +53,10 @@ def model() -> FaRL:
     return FaRL(MODELS["farl-micro"]).double()
 
 
-def step_of(model: FaRL, micro_batch: int = 0, *, mim: bool = True) -> TrainStep:
+def step_of(model: FaRL, *, mim: bool = True) -> TrainStep:
     world = World(rank=0, size=1, device=torch.device("cpu"), control=None)
     tokenizer = MeanTokens() if mim else None
-    return TrainStep(
-        model, world, tokenizer, mim_weight=0.7, mask_ratio=6 / 16, micro_batch=micro_batch, seed=1, autocast=False
-    )
+    return TrainStep(model, world, tokenizer, mim_weight=0.7, mask_ratio=6 / 16, seed=1, autocast=False)
 
 
 def gradients(model: FaRL) -> dict[str, torch.Tensor]:
@@ -70,7 +67,9 @@ def gradients(model: FaRL) -> dict[str, torch.Tensor]:
 def test_accumulated_gradients_are_those_of_the_whole_batch(micro_batch: int, model: FaRL, batch: Batch) -> None:
     whole, parts = model, copy.deepcopy(model)
     figures = step_of(whole)(batch)
-    accumulated = step_of(parts, micro_batch)(batch)
+    batch.text = pack_parts(batch.captions, micro_batch)
+    assert sum(len(part) for part in batch.text.parts) == N and len(batch.text.parts) == -(-N // micro_batch)
+    accumulated = step_of(parts)(batch)
     for name in figures:
         assert torch.allclose(accumulated[name].double(), figures[name].double(), atol=1e-12), name
     wanted, got = gradients(whole), gradients(parts)
@@ -82,8 +81,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(micro_batch: int, mo
 def test_losses_are_those_of_the_definition(model: FaRL, batch: Batch) -> None:
     step = step_of(model)
     figures = step(batch)
-    masks = step.sample_masks(batch, batch.images)
-    output = model(batch.images, batch.text, mask=masks.mask, masked_positions=masks.positions)
+    masks = step.sample_masks(batch)
+    output = model(batch.images, batch.text.parts[0], mask=masks.mask, masked_positions=masks.positions)
     image = F.normalize(output.image_features, dim=1)
     text = F.normalize(output.text_features, dim=1)
     logits = output.logit_scale * image @ text.T
@@ -101,14 +100,14 @@ def test_losses_are_those_of_the_definition(model: FaRL, batch: Batch) -> None:
 
 def test_masks_depend_on_sample_and_view_alone(model: FaRL, batch: Batch) -> None:
     step = step_of(model)
-    masks = step.sample_masks(batch, batch.images)
+    masks = step.sample_masks(batch)
     shuffled = torch.randperm(N, generator=torch.Generator().manual_seed(3))
     other = copy.copy(batch)
     other.ids, other.images = batch.ids[shuffled], batch.images[shuffled]
-    assert torch.equal(step.sample_masks(other, other.images).mask, masks.mask[shuffled])
+    assert torch.equal(step.sample_masks(other).mask, masks.mask[shuffled])
     later = copy.copy(batch)
     later.views = batch.views + 1
-    assert not torch.equal(step.sample_masks(later, later.images).mask, masks.mask)
+    assert not torch.equal(step.sample_masks(later).mask, masks.mask)
     assert torch.equal(masks.mask.sum(1), (masks.positions >= 0).sum(1))
     assert torch.equal(masks.targets >= 0, masks.positions >= 0)
 
