@@ -1,8 +1,9 @@
 """Which backend an op runs on.
 
 Each op owns one :class:`Op`. A backend is a plain function with the op's tensor arguments, registered with a
-``refuses`` function that says in words why it cannot serve a call (or ``None`` when it can). The order of
-registration is the order of preference: ``backend=None`` takes the first that does not refuse.
+``refuses`` function that says in words why it cannot serve a call (or ``None`` when it can), and a ``declines`` function
+that says why it should not be taken unasked. The order of registration is the order of preference: ``backend=None``
+takes the first that does neither.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 # Of the process, not of the thread: autograd runs backward passes, and what activation checkpointing computes again in
 # them, in threads of its own.
 _forced: str | None = None
+_known: set[str] = set()
 
 BackendFn = Callable[..., Any]
 RefuseFn = Callable[..., str | None]
@@ -25,8 +27,13 @@ def use_backend(name: str | None) -> Iterator[None]:
 
     Ops without a backend of that name keep their own choice; an explicit ``backend=`` at a call wins. It holds in all
     threads of the process.
+
+    Raises:
+        ValueError: no op has a backend of that name.
     """
     global _forced
+    if name is not None and name not in _known:
+        raise ValueError(f"use_backend: {name!r} is the backend of no op; there are {', '.join(sorted(_known))}")
     before, _forced = _forced, name
     try:
         yield
@@ -39,11 +46,17 @@ class Op:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._backends: dict[str, tuple[BackendFn, RefuseFn]] = {}
+        self._backends: dict[str, tuple[BackendFn, RefuseFn, RefuseFn]] = {}
 
-    def register(self, name: str, fn: BackendFn, refuses: RefuseFn | None = None) -> None:
-        """Add backend `name`. `refuses` gets the arguments of the call; a later registration is preferred less."""
-        self._backends[name] = (fn, refuses or (lambda *args, **kwargs: None))
+    def register(
+        self, name: str, fn: BackendFn, refuses: RefuseFn | None = None, declines: RefuseFn | None = None
+    ) -> None:
+        """Add backend `name`; a later registration is preferred less.
+
+        `refuses` and `declines` get the arguments of the call. One that declines serves when it is asked for by name.
+        """
+        self._backends[name] = (fn, refuses or _never, declines or _never)
+        _known.add(name)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -56,15 +69,19 @@ class Op:
         if requested is not None:
             if requested not in self._backends:
                 raise ValueError(f"{self.name}: backend {requested!r} is not one of {', '.join(self._backends)}")
-            fn, refuses = self._backends[requested]
+            fn, refuses, _ = self._backends[requested]
             reason = refuses(*args, **kwargs)
             if reason is not None:
                 raise ValueError(f"{self.name}: backend {requested!r} cannot run this call: {reason}")
             return fn(*args, **kwargs)
         reasons = []
-        for name, (fn, refuses) in self._backends.items():
-            reason = refuses(*args, **kwargs)
+        for name, (fn, refuses, declines) in self._backends.items():
+            reason = refuses(*args, **kwargs) or declines(*args, **kwargs)
             if reason is None:
                 return fn(*args, **kwargs)
             reasons.append(f"{name}: {reason}")
         raise ValueError(f"{self.name}: no backend can run this call ({'; '.join(reasons)})")
+
+
+def _never(*args: Any, **kwargs: Any) -> str | None:
+    return None

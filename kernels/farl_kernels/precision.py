@@ -24,3 +24,12 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     if autocast_dtype(device) is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of a kernel's products: for float32 what ``torch.set_float32_matmul_precision`` asks for.
+
+    "highest", PyTorch's default, is "ieee"; "high" and "medium" are "tf32". 16-bit products are exact either way.
+    """
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"

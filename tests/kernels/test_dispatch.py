@@ -48,8 +48,23 @@ def test_use_backend_holds_inside_and_explicit_wins(op):
 
 
 def test_use_backend_leaves_ops_without_that_name_alone(op):
+    Op("other").register("somewhere_else", lambda x: x)
     with use_backend("somewhere_else"):
         assert op(None, 1)[0] == "fast"
+
+
+def test_use_backend_refuses_a_name_that_no_op_has(op):
+    with pytest.raises(ValueError, match=r"'tritn' is the backend of no op; there are .*fast.*slow"), use_backend("tritn"):
+        op(None, 1)
+
+
+def test_what_declines_serves_only_when_asked():
+    picky = Op("picky")
+    picky.register("a", lambda x: ("a", x), declines=lambda x: "slower than b" if x > 5 else None)
+    picky.register("b", lambda x: ("b", x), lambda x: "too long" if x > 7 else None)
+    assert picky(None, 5)[0] == "a" and picky(None, 6)[0] == "b" and picky("a", 6)[0] == "a"
+    with pytest.raises(ValueError, match=r"a: slower than b; b: too long"):
+        picky(None, 8)
 
 
 def test_use_backend_ends_with_an_error(op):
