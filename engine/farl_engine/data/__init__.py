@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from farl_engine.data.augment import CENTER, CropPlan
-    from farl_engine.data.bad_data import BadDataError
-    from farl_engine.data.decode_cpu import BadImage, CpuDecoder
+    from farl_engine.data.bad_data import BadDataError, BadImage
+    from farl_engine.data.decode_cpu import CpuDecoder
     from farl_engine.data.index import ShardIndex
     from farl_engine.data.loader import Batch, Loader
     from farl_engine.data.order import MixedOrder, SampleOrder
@@ -21,7 +21,7 @@ _HOME = {
     "CENTER": "augment",
     "CropPlan": "augment",
     "BadDataError": "bad_data",
-    "BadImage": "decode_cpu",
+    "BadImage": "bad_data",
     "CpuDecoder": "decode_cpu",
     "ShardIndex": "index",
     "Batch": "loader",

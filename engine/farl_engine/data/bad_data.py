@@ -14,8 +14,19 @@ from collections.abc import Mapping, Sequence
 WINDOW = 10_000
 MIN_BAD = 20
 LOG_EVERY = 1000
+# Why an image cannot be decoded.
+CAUSES = ("empty", "not_an_image", "truncated", "corrupt", "too_many_pixels", "unsupported")
 
 logger = logging.getLogger("farl_engine.data")
+
+
+class BadImage(ValueError):  # noqa: N818
+    """Bytes that give no picture; `cause` is one of CAUSES."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        assert cause in CAUSES
+        super().__init__(message)
+        self.cause = cause
 
 
 class BadDataError(RuntimeError):

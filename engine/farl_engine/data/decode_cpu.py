@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image, MpoImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from farl_engine.data.augment import CENTER, CropPlan, color_jitter
+from farl_engine.data.bad_data import BadImage
 
-CAUSES = ("empty", "not_an_image", "truncated", "corrupt", "too_many_pixels", "unsupported")
 MAX_PIXELS = 1 << 25
 
 # Plugins beyond Pillow's basic set register themselves when imported; here, so that threads need not race for it.
@@ -45,15 +45,6 @@ _MAGICS = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b
 _ORIENTATION_TAG = 0x0112
 # EXIF and XMP are APP1 segments, at most 64 KiB each, ahead of the pixels.
 _METADATA_BYTES = 1 << 18
-
-
-class BadImage(ValueError):  # noqa: N818
-    """Bytes that give no picture; `cause` is one of CAUSES."""
-
-    def __init__(self, cause: str, message: str) -> None:
-        assert cause in CAUSES
-        super().__init__(message)
-        self.cause = cause
 
 
 class CpuDecoder:

@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from farl_engine.data.augment import CropPlan
-from farl_engine.data.bad_data import BadDataError
+from farl_engine.data.bad_data import BadDataError, BadImage
 from farl_engine.data.counter_rng import combine
-from farl_engine.data.decode_cpu import BadImage
 
 MAX_REPLACEMENTS = 20
 _REPLACEMENT = 0x5EED

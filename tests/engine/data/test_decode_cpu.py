@@ -16,7 +16,7 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from farl_engine.data import CENTER, BadImage, CpuDecoder, CropPlan
-from farl_engine.data.decode_cpu import CAUSES
+from farl_engine.data.bad_data import CAUSES
 
 
 def reference(image: Image.Image, size: int) -> np.ndarray:
