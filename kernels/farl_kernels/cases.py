@@ -5,6 +5,7 @@ Each folder with kernels lists its own in `cases.py`, as ``cases() -> list[Case]
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +56,26 @@ class Case:
 
 def all_cases() -> list[Case]:
     """The cases of all folders."""
+    return [case for folder in FOLDERS for case in _of(folder)]
+
+
+def select(patterns: list[str]) -> tuple[list[Case], list[str]]:
+    """The cases of which the name has a pattern in it or fits it as a glob (all, for no patterns), and what is wrong.
+
+    A folder that cannot be imported is a fault, but no reason to give up the others.
+    """
     found: list[Case] = []
+    faults: list[str] = []
     for folder in FOLDERS:
-        found += importlib.import_module(f"farl_kernels.{folder}.cases").cases()
-    return found
+        try:
+            found += _of(folder)
+        except Exception as error:
+            faults.append(f"farl_kernels.{folder}.cases: {type(error).__name__}: {error}")
+    if patterns:
+        found = [case for case in found if any(p in case.name or fnmatch.fnmatch(case.name, p) for p in patterns)]
+        faults = [fault for fault in faults if any(p.split(".")[0] in fault for p in patterns)]
+    return found, faults
+
+
+def _of(folder: str) -> list[Case]:
+    return importlib.import_module(f"farl_kernels.{folder}.cases").cases()

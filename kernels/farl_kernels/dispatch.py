@@ -1,9 +1,9 @@
 """Which backend an op runs on.
 
 Each op owns one :class:`Op`. A backend is a plain function with the op's tensor arguments, registered with a
-``refuses`` function that says in words why it cannot serve a call (or ``None`` when it can), and a ``declines`` function
-that says why it should not be taken unasked. The order of registration is the order of preference: ``backend=None``
-takes the first that does neither.
+``refuses`` function that says in words why it cannot serve a call (or ``None`` when it can), and a ``declines``
+function that says why it should not be taken unasked. The order of registration is the order of preference:
+``backend=None`` takes the first that does neither.
 """
 
 from __future__ import annotations

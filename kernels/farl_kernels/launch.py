@@ -53,7 +53,8 @@ def refuses(x: Tensor) -> str | None:
         return None
     if x.device.type != "cuda":
         return f"the tensors are on {x.device}, want CUDA"
-    if _capability(x.device.index) < OLDEST_CAPABILITY:
+    # A tracer has no device to ask.
+    if not torch.compiler.is_compiling() and _capability(x.device.index) < OLDEST_CAPABILITY:
         return "the GPU is older than Ampere (compute capability 8.0)"
     return None
 
@@ -63,7 +64,6 @@ def declines(x: Tensor) -> str | None:
     return None if x.is_cuda else "unasked, kernels run on CUDA only"
 
 
-@torch.compiler.assume_constant_result
 def _capability(index: int | None) -> tuple[int, int]:
     # Tensors of a tracer may say "cuda" where there is none.
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else OLDEST_CAPABILITY
@@ -71,13 +71,13 @@ def _capability(index: int | None) -> tuple[int, int]:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Start `kernel` on the device of its first tensor argument; nothing happens on an empty grid."""
+    # Explicit, because the default of triton changes in 3.10.
+    options.setdefault("enable_fp_fusion", True)
     if _recording is not None:
         _recording.append(Launch(kernel, grid, args, options))
         return
     if math.prod(grid) == 0:
         return
-    # Explicit, because the default of triton changes in 3.10.
-    options.setdefault("enable_fp_fusion", True)
     device = next(x.device for x in args if isinstance(x, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):

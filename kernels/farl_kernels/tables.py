@@ -23,6 +23,7 @@ ENVIRONMENT = "FARL_KERNELS_TABLES"
 
 _architecture: str | None = None
 _overrides: dict[tuple[str, str, str], Config] = {}
+_lookups: list[tuple[str, str, str]] | None = None
 
 
 def architectures() -> list[str]:
@@ -31,13 +32,13 @@ def architectures() -> list[str]:
 
 
 def architecture_of(device: torch.device) -> str:
-    """Whose table a device takes; CPU and meta tensors take the oldest, unless :func:`use_architecture` says another."""
+    """Whose table a device takes: CPU and meta tensors the oldest, unless :func:`use_architecture` says another."""
     if _architecture is not None:
         return _architecture
     known = architectures()
     if device.type != "cuda":
         return known[0]
-    return _nearest(known, *torch.cuda.get_device_capability(device))
+    return _nearest(tuple(known), *torch.cuda.get_device_capability(device))
 
 
 def lookup(op: str, kernel: str, bucket: str, device: torch.device) -> Config:
@@ -46,6 +47,8 @@ def lookup(op: str, kernel: str, bucket: str, device: torch.device) -> Config:
     Raises:
         KeyError: the shipped tables lack the entry, which is a fault of the package.
     """
+    if _lookups is not None:
+        _lookups.append((op, kernel, bucket))
     found = _overrides.get((op, kernel, bucket))
     own = os.environ.get(ENVIRONMENT)
     if found is None and own:
@@ -81,8 +84,30 @@ def override(op: str, kernel: str, bucket: str, config: Config) -> Iterator[None
             _overrides[key] = before
 
 
+@contextlib.contextmanager
+def recorded_lookups() -> Iterator[list[tuple[str, str, str]]]:
+    """Inside, the entries that are looked up are listed: (op, kernel, bucket)."""
+    global _lookups
+    before, _lookups = _lookups, []
+    try:
+        yield _lookups
+    finally:
+        _lookups = before
+
+
+def formatted(table: dict[str, dict[str, Config]]) -> str:
+    """A table as its file has it: an entry a line, so that a change is seen in one."""
+    kernels = (
+        f" {json.dumps(kernel)}: {{\n"
+        + ",\n".join(f"  {json.dumps(bucket)}: {json.dumps(config)}" for bucket, config in buckets.items())
+        + "\n }"
+        for kernel, buckets in table.items()
+    )
+    return "{\n" + ",\n".join(kernels) + "\n}\n"
+
+
 @functools.cache
-def _nearest(known: tuple[str, ...] | list[str], major: int, minor: int) -> str:
+def _nearest(known: tuple[str, ...], major: int, minor: int) -> str:
     capability = 10 * major + minor
     return max((name for name in known if _number(name) <= capability), key=_number, default=known[0])
 

@@ -54,7 +54,10 @@ def test_use_backend_leaves_ops_without_that_name_alone(op):
 
 
 def test_use_backend_refuses_a_name_that_no_op_has(op):
-    with pytest.raises(ValueError, match=r"'tritn' is the backend of no op; there are .*fast.*slow"), use_backend("tritn"):
+    with (
+        pytest.raises(ValueError, match=r"'tritn' is the backend of no op; there are .*fast.*slow"),
+        use_backend("tritn"),
+    ):
         op(None, 1)
 
 
