@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from farl.model.blocks import LayerNorm, Stream, Transformer, take_first
 from farl.model.config import IMAGE_MEAN, IMAGE_STD, ModelConfig
-from farl_kernels.patch_masking import patchify
+from farl_kernels.patch_masking import mask_patches, patchify
 
 
 class VisionTower(nn.Module):
@@ -70,9 +70,15 @@ class VisionTower(nn.Module):
         position = self.positional_embedding
         if any_size:
             position = resize_position_embedding(position, self.config.grid, self._grid_of(images))
-        position = position.to(x.dtype)
-        first = (self.class_embedding.to(x.dtype) + position[0]).expand(len(x), 1, -1)
-        return self.start(torch.cat([first, x + position[1:]], dim=1))
+        tokens = mask_patches(
+            x,
+            None,
+            mask_token=None,
+            class_token=self.class_embedding,
+            position_embedding=position,
+            mode="plain",
+        )
+        return self.start(tokens)
 
     def embed_patches(self, images: Tensor, *, any_size: bool = False) -> Tensor:
         """Patch embeddings [n, P, C] without class token and positions."""

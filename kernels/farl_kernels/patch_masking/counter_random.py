@@ -18,7 +18,7 @@ _FACTOR_2 = 0x94D049BB133111EB
 _WORD = (1 << 64) - 1
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """The int64 with the bits of the low 64 bits of `value`."""
     value &= _WORD
     return value - (1 << 64) if value >> 63 else value
@@ -39,19 +39,24 @@ def logical_right_shift(values: Tensor, bits: int) -> Tensor:
 
 def mix64(values: Tensor) -> Tensor:
     """SplitMix64's finaliser of an int64 tensor of any shape."""
-    values = (values ^ logical_right_shift(values, 30)) * _signed(_FACTOR_1)
-    values = (values ^ logical_right_shift(values, 27)) * _signed(_FACTOR_2)
+    values = (values ^ logical_right_shift(values, 30)) * signed(_FACTOR_1)
+    values = (values ^ logical_right_shift(values, 27)) * signed(_FACTOR_2)
     return values ^ logical_right_shift(values, 31)
+
+
+def seed_state(seed: int) -> int:
+    """What every key of a `seed` (any integer) is mixed from, as int64."""
+    return signed(mix64_int(seed + GOLDEN))
 
 
 def sample_keys(sample_ids: Tensor, views: Tensor, seed: int) -> Tensor:
     """int64 [B], int64 [B] -> the generator state of each (seed, sample id, view), int64 [B]."""
-    return mix64(mix64(sample_ids + _signed(mix64_int(seed + GOLDEN))) + views)
+    return mix64(mix64(sample_ids + seed_state(seed)) + views)
 
 
 def draws(keys: Tensor, first: int, count: int) -> Tensor:
     """int64 [B] -> int64 [B, count]: draws `first` .. `first + count - 1` of every generator, 64 random bits each."""
-    counters = torch.arange(first + 1, first + count + 1, device=keys.device, dtype=torch.int64) * _signed(GOLDEN)
+    counters = torch.arange(first + 1, first + count + 1, device=keys.device, dtype=torch.int64) * signed(GOLDEN)
     return mix64(keys[:, None] + counters)
 
 

@@ -9,18 +9,23 @@ from torch import Tensor
 
 from farl_kernels.checks import check_choice, check_device, describe
 from farl_kernels.dispatch import Op
-from farl_kernels.patch_masking import numpy_sampler, reference, torch_fused
+from farl_kernels.patch_masking import custom_ops, numpy_sampler, reference, torch_fused
 from farl_kernels.patch_masking.block_plan import MAX_PATCHES, BlockPlan
 
 # Backends in order of preference: the first that does not refuse a call serves it.
 PATCHIFY = Op("patchify")
+PATCHIFY.register("triton", custom_ops.patchify, custom_ops.patchify_refuses, custom_ops.patchify_declines)
 PATCHIFY.register("reference", reference.patchify)
 
 SAMPLE_BLOCK_MASKS = Op("sample_block_masks")
+SAMPLE_BLOCK_MASKS.register(
+    "triton", custom_ops.sample_block_masks, custom_ops.sample_refuses, custom_ops.sample_declines
+)
 SAMPLE_BLOCK_MASKS.register("numpy", numpy_sampler.sample_block_masks, numpy_sampler.refuses)
 SAMPLE_BLOCK_MASKS.register("reference", reference.sample_block_masks)
 
 MASK_PATCHES = Op("mask_patches")
+MASK_PATCHES.register("triton", custom_ops.mask_patches, custom_ops.mask_refuses, custom_ops.mask_declines)
 MASK_PATCHES.register("torch", torch_fused.mask_patches, torch_fused.refuses)
 MASK_PATCHES.register("reference", reference.mask_patches)
 
@@ -44,7 +49,7 @@ def patchify(
         patch_size: side p of a patch in pixels; divides Hi and Wi.
         mean, std: one number a channel in 0..1, for uint8 images only; None is 0 and 1.
         dtype: floating dtype of the result. Pixels are normalised in fp32 (float64 for float64) and rounded once.
-        backend: None or "reference".
+        backend: None, "triton" (uint8 with 3 channels, or floats; not float64) or "reference".
 
     Returns:
         [B, P, channels * p * p]; patches row by row, inside a patch (channel, row, column).
@@ -105,7 +110,7 @@ def sample_block_masks(
         mode: "block" is the block-wise sampling of BEiT (Bao et al. 2021): blocks with area uniform in
             [min_block, patches left] and aspect ratio log-uniform in 0.3..1/0.3, up to 10 tries a block, until nothing
             is added: at most, not always, `max_masked` patches. "random" masks exactly `max_masked` patches.
-        backend: None, "numpy" (CPU tensors) or "reference".
+        backend: None, "triton" (grids up to 64 x 64), "numpy" (CPU tensors) or "reference".
 
     Returns:
         mask bool [B, P], True = masked; positions int32 [B, max_masked], the masked patches ascending, padded with -1.
@@ -170,19 +175,19 @@ def mask_patches(
     Args:
         embeddings: floats [B, P, C].
         mask: bool [B, P], True = replace the embedding by `mask_token` (before the position embedding is added).
-            Not read in mode "gather", where it may be None.
-        mask_token: [C], or with leading dimensions of size 1; None only in mode "gather".
+            Not read in modes "gather" and "plain", where it may be None.
+        mask_token: [C], or with leading dimensions of size 1; None only in modes "gather" and "plain".
         class_token: [C], or with leading dimensions of size 1.
         position_embedding: [P + 1, C] (or [1, P + 1, C]); row 0 belongs to the class token.
         mode: "fork" returns the clean sequences, then the masked ones; "mask" the masked ones; "gather" the class token
-            and the `visible` patches alone (MAE, FLIP).
+            and the `visible` patches alone (MAE, FLIP); "plain" the clean ones, as any ViT without masking starts.
         visible: int32 or int64 [B, K], distinct patch indices of a sample; -1 pads, giving a row of zeros.
-        backend: None, "torch" or "reference".
+        backend: None, "triton" (not float64), "torch" or "reference".
 
     Returns:
-        "fork" [2 B, P + 1, C], "mask" [B, P + 1, C], "gather" [B, K + 1, C], in the dtype of `embeddings`; sums are
-        made in the widest dtype given and rounded once. Gradients of the parameters are summed in fp32 at least, in a
-        fixed order, and have the parameters' dtypes.
+        "fork" [2 B, P + 1, C], "mask" and "plain" [B, P + 1, C], "gather" [B, K + 1, C], in the dtype of `embeddings`;
+        sums are made in the widest dtype given and rounded once. Gradients of the parameters are summed in fp32 at
+        least, in a fixed order, and have the parameters' dtypes.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, or an unknown backend.
@@ -191,7 +196,7 @@ def mask_patches(
     if embeddings.ndim != 3 or not embeddings.is_floating_point():
         raise ValueError(f"{op}: embeddings is {describe(embeddings)}, want floating point [B, P, C]")
     batch, patches, channels = embeddings.shape
-    check_choice(op, "mode", mode, ("fork", "mask", "gather"))
+    check_choice(op, "mode", mode, ("fork", "mask", "gather", "plain"))
     class_token = _parameter("class_token", class_token, (channels,), embeddings)
     position_embedding = _parameter("position_embedding", position_embedding, (patches + 1, channels), embeddings)
     if mode == "gather":
@@ -201,6 +206,10 @@ def mask_patches(
             raise ValueError(f"{op}: visible is {describe(visible)}, want int32 [{batch}, K]")
         check_device(op, "visible", visible, "embeddings", embeddings)
         mask = mask_token = None
+    elif visible is not None:
+        raise ValueError(f"{op}: visible is given, want None with mode {mode!r}")
+    elif mode == "plain":
+        mask = mask_token = None
     else:
         if mask is None or mask.dtype != torch.bool or mask.shape != (batch, patches):
             raise ValueError(f"{op}: mask is {describe(mask)}, want bool [{batch}, {patches}]")
@@ -208,8 +217,6 @@ def mask_patches(
         if mask_token is None:
             raise ValueError(f"{op}: mask_token is None, want [{channels}] with mode {mode!r}")
         mask_token = _parameter("mask_token", mask_token, (channels,), embeddings)
-        if visible is not None:
-            raise ValueError(f"{op}: visible is given, want None with mode {mode!r}")
     return MASK_PATCHES(backend, embeddings, mask, mask_token, class_token, position_embedding, mode, visible)
 
 

@@ -16,6 +16,7 @@ from farl_kernels.patch_masking.block_plan import (
     side_thresholds,
 )
 from farl_kernels.patch_masking.counter_random import draws, logical_right_shift, sample_keys
+from farl_kernels.precision import accumulation_dtype
 
 
 def patchify(
@@ -40,6 +41,13 @@ def patchify(
     return values.to(dtype).flatten(2)
 
 
+def unpatchify(grad: Tensor, shape: Sequence[int], patch_size: int, dtype: torch.dtype) -> Tensor:
+    """The gradient [B, P, channels * p * p] of a patch matrix -> that of float images `shape` [B, channels, Hi, Wi]."""
+    batch, channels, height, width = shape
+    tiles = grad.reshape(batch, height // patch_size, width // patch_size, channels, patch_size, patch_size)
+    return tiles.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width).to(dtype)
+
+
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
     """[channels, 1] filled on the device: a copy from the host would sync and could not be captured in a CUDA graph."""
     return torch.stack([torch.full((1,), float(v), dtype=like.dtype, device=like.device) for v in values])
@@ -60,8 +68,8 @@ def sample_block_masks(
 def _block_masks(keys: Tensor, plan: BlockPlan) -> Tensor:
     """One try of every sample at a time; a sample that is done only spins."""
     device = keys.device
-    aspects = _on_device(ASPECT_TABLE, device)
-    thresholds = _on_device(side_thresholds(max(plan.rows, plan.columns)), device)
+    aspects = on_device(ASPECT_TABLE, device)
+    thresholds = on_device(side_thresholds(max(plan.rows, plan.columns)), device)
     row = torch.arange(plan.rows, device=device)[None, :, None]
     column = torch.arange(plan.columns, device=device)[None, None, :]
     numbers = draws(keys, 0, 2 * plan.tries)
@@ -96,7 +104,7 @@ def _block_masks(keys: Tensor, plan: BlockPlan) -> Tensor:
 _tables: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
 
-def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
+def on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 tensor of a constant table, copied to each device once: a later call neither syncs nor breaks a capture."""
     if not torch.compiler.is_compiling() and (values, device) in _tables:
         return _tables[values, device]
@@ -145,9 +153,54 @@ def mask_patches(
         assert visible is not None
         index = visible.long().clamp(min=0)[:, :, None].expand(-1, -1, patches.shape[2])
         patches = torch.where(visible[:, :, None] >= 0, patches.gather(1, index), 0.0)
-    else:
+    elif mode != "plain":
         assert mask is not None and mask_token is not None
         masked = torch.where(mask[:, :, None], mask_token + position_embedding[1:], patches)
         patches = masked if mode == "mask" else torch.cat([patches, masked])
     sequences = torch.cat([class_row.expand(len(patches), 1, -1), patches], dim=1)
     return sequences.to(embeddings.dtype)
+
+
+def mask_patches_backward(
+    grad: Tensor,
+    mask: Tensor | None,
+    visible: Tensor | None,
+    patches: int,
+    embeddings_dtype: torch.dtype | None,
+    mask_token_dtype: torch.dtype | None,
+    class_token_dtype: torch.dtype | None,
+    position_dtype: torch.dtype | None,
+    mode: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of embeddings, mask token, class token and position embedding; of no elements where no dtype is given.
+
+    Added up in fp32 at least, and rounded once.
+    """
+    accumulate = accumulation_dtype(grad.dtype)
+    rows = grad.to(accumulate)
+    if mode == "fork":
+        clean, masked = rows.chunk(2)
+        whole = clean + masked
+    else:
+        clean, masked, whole = torch.zeros_like(rows), rows, rows
+    if visible is not None:
+        # Row 0 takes the padding and is dropped.
+        index = (visible.long() + 1).clamp(min=0)[:, :, None].expand(-1, -1, rows.shape[2])
+        listed = rows.new_zeros(len(rows), patches + 1, rows.shape[2]).scatter_add(1, index, rows[:, 1:])
+        whole = torch.cat([rows[:, :1], listed[:, 1:]], dim=1)
+    position = whole.sum(0)
+    mask_token = position.new_zeros(rows.shape[2])
+    embeddings = whole[:, 1:]
+    if mask is not None:
+        embeddings = clean[:, 1:] + torch.where(mask[:, :, None], 0.0, masked[:, 1:])
+        mask_token = torch.where(mask[:, :, None], masked[:, 1:], 0.0).sum((0, 1))
+
+    def given(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        return rows.new_empty(0, dtype=torch.float32) if dtype is None else x.to(dtype, copy=True).contiguous()
+
+    return (
+        given(embeddings, embeddings_dtype),
+        given(mask_token, mask_token_dtype),
+        given(position[0], class_token_dtype),
+        given(position, position_dtype),
+    )

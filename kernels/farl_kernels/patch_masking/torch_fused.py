@@ -36,13 +36,13 @@ def mask_patches(
 
 
 class _Mask(torch.autograd.Function):
-    """Modes "fork" and "mask"."""
+    """Modes "fork" and "mask", and without mask and mask token "plain"."""
 
     @staticmethod
     def forward(
         embeddings: Tensor,
-        mask: Tensor,
-        mask_token: Tensor,
+        mask: Tensor | None,
+        mask_token: Tensor | None,
         class_token: Tensor,
         position_embedding: Tensor,
         fork: bool,
@@ -53,6 +53,8 @@ class _Mask(torch.autograd.Function):
         output[:, 0] = class_token + position_embedding[0]
         first, last = output[:batch, 1:], output[fork * batch :, 1:]
         torch.add(embeddings, position_embedding[1:], out=first)
+        if mask is None or mask_token is None:
+            return output
         masked_rows = (mask_token + position_embedding[1:]).to(output.dtype)
         if fork:
             torch.where(mask[:, :, None], masked_rows, first, out=last)
@@ -64,7 +66,8 @@ class _Mask(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         embeddings, mask, mask_token, class_token, position_embedding, ctx.fork = inputs
         ctx.save_for_backward(mask)
-        ctx.dtypes = embeddings.dtype, mask_token.dtype, class_token.dtype, position_embedding.dtype
+        ctx.dtypes = embeddings.dtype, class_token.dtype, position_embedding.dtype
+        ctx.mask_token_dtype = None if mask_token is None else mask_token.dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -74,20 +77,23 @@ class _Mask(torch.autograd.Function):
         # Sums run over the batch in fp32 at least; autocast would send the product to bf16.
         with without_autocast(grad.device):
             grad_position = grad.sum(0, dtype=accumulate)
-            masked_half = grad[len(mask) :] if ctx.fork else grad
-            keep = ~mask[:, :, None]
-            if ctx.fork:
-                grad_embeddings = torch.addcmul(grad[: len(mask), 1:], masked_half[:, 1:], keep.to(grad.dtype))
+            if mask is None:
+                grad_embeddings, grad_mask_token = grad[:, 1:].clone(), None
             else:
-                grad_embeddings = masked_half[:, 1:] * keep
-            # The class token's column counts as not masked, so that the gradient is read as it lies.
-            chosen = F.pad(mask, (1, 0)).to(accumulate)[:, None]
-            grad_mask_token = torch.bmm(chosen, masked_half.to(accumulate)).sum((0, 1))
-        embeddings_dtype, mask_dtype, class_dtype, position_dtype = ctx.dtypes
+                masked_half = grad[len(mask) :] if ctx.fork else grad
+                keep = ~mask[:, :, None]
+                if ctx.fork:
+                    grad_embeddings = torch.addcmul(grad[: len(mask), 1:], masked_half[:, 1:], keep.to(grad.dtype))
+                else:
+                    grad_embeddings = masked_half[:, 1:] * keep
+                # The class token's column counts as not masked, so that the gradient is read as it lies.
+                chosen = F.pad(mask, (1, 0)).to(accumulate)[:, None]
+                grad_mask_token = torch.bmm(chosen, masked_half.to(accumulate)).sum((0, 1)).to(ctx.mask_token_dtype)
+        embeddings_dtype, class_dtype, position_dtype = ctx.dtypes
         return (
             grad_embeddings.to(embeddings_dtype),
             None,
-            grad_mask_token.to(mask_dtype),
+            grad_mask_token,
             # A copy: autograd keeps both as they are and adds those of the next backward to them, in place.
             grad_position[0].to(class_dtype, copy=True),
             grad_position.to(position_dtype),

@@ -6,7 +6,7 @@ import torch
 from farl_kernels.patch_masking import mask_patches, mask_positions
 
 BACKENDS = ["torch", "reference"]
-MODES = ["fork", "mask", "gather"]
+MODES = ["fork", "mask", "gather", "plain"]
 
 
 def _inputs(batch: int = 3, patches: int = 6, channels: int = 4, dtype: torch.dtype = torch.float64) -> dict:
@@ -32,12 +32,14 @@ def _call(inputs: dict, mode: str, backend: str | None = None, **changes) -> tor
     embeddings, mask = arguments.pop("embeddings"), arguments.pop("mask")
     if mode != "gather" and "visible" not in changes:
         arguments.pop("visible")
+    if mode == "plain":
+        mask, arguments["mask_token"] = None, None
     return mask_patches(embeddings, mask, mode=mode, backend=backend, **arguments)
 
 
 def _parameters(inputs: dict, mode: str) -> list[str]:
     names = ["embeddings", "class_token", "position_embedding"]
-    return names if mode == "gather" else [*names, "mask_token"]
+    return names if mode in ("gather", "plain") else [*names, "mask_token"]
 
 
 def _by_loops(inputs: dict, mode: str) -> torch.Tensor:
@@ -52,7 +54,7 @@ def _by_loops(inputs: dict, mode: str) -> torch.Tensor:
         masked.append(torch.stack([first, *hidden]))
         kept = [rows[p] if p >= 0 else torch.zeros_like(first) for p in inputs["visible"][b].tolist()]
         gathered.append(torch.stack([first, *kept]))
-    return torch.stack({"fork": clean + masked, "mask": masked, "gather": gathered}[mode])
+    return torch.stack({"fork": clean + masked, "mask": masked, "gather": gathered, "plain": clean}[mode])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -215,6 +217,7 @@ def test_no_gradient_is_asked_of_frozen_inputs() -> None:
         ("gather", {"visible": torch.zeros(2, 2, dtype=torch.int32)}, "visible"),
         ("gather", {"visible": torch.zeros(3, 2)}, "visible"),
         ("fork", {"visible": torch.zeros(3, 2, dtype=torch.int32)}, "visible"),
+        ("plain", {"visible": torch.zeros(3, 2, dtype=torch.int32)}, "visible"),
         ("fork", {"mask": torch.zeros(3, 6, dtype=torch.bool, device="meta")}, "mask"),
         ("fork", {"backend": "nonsense"}, "backend"),
     ],

@@ -99,9 +99,10 @@ def test_distribution_of_many_draws(grid: tuple[int, int], max_masked: int, min_
     _compare_with_beit(grid, max_masked, min_block, 10_000)
 
 
+@pytest.mark.parametrize("count", [4000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_first_try_has_the_plain_sampler_s_areas_sides_and_positions(backend: str) -> None:
-    count, rng = 4000, random.Random(2)
+def test_first_try_has_the_plain_sampler_s_areas_sides_and_positions(backend: str, count: int) -> None:
+    rng = random.Random(2)
     blocks = []
     for _ in range(count):
         _, block = beit.one_try(np.zeros((14, 14), dtype=bool), 75, 16, rng)
