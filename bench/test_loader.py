@@ -17,7 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from farl_engine.data import CENTER, CpuDecoder, CropPlan, Loader, SampleOrder, ShardIndex, write_shards
+from bench.contest import NotMeasuredError, leave_out, need
+from bench.deadline import out_of_time
+from farl_engine import data as farl_data
+from farl_engine.data import CENTER, CropPlan
 
 OUTPUT, BATCH, BATCHES, WORKERS = 112, 64, 4, 2
 PLAN = CropPlan(scale=(0.9, 1.0), flip=0.5)
@@ -26,6 +29,8 @@ PLAN = CropPlan(scale=(0.9, 1.0), flip=0.5)
 @pytest.fixture(scope="module", params=[250, 512])
 def shard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """128 JPEGs of quality 90 with detail like a photograph's (about 0.9 bits a pixel)."""
+    for module in ("simplejpeg", "webdataset"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
     side, rng = request.param, np.random.default_rng(0)
     samples = []
     for i in range(128):
@@ -34,13 +39,14 @@ def shard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         buffer = io.BytesIO()
         Image.blend(coarse, fine, 0.2).save(buffer, "JPEG", quality=90)
         samples.append({"key": f"{i:06d}", "image": buffer.getvalue(), "caption": f"a made picture, number {i}"})
-    return write_shards(samples, tmp_path_factory.mktemp(f"{side}px", numbered=False) / "train-%03d.tar")[0]
+    return farl_data.write_shards(samples, tmp_path_factory.mktemp(f"{side}px", numbered=False) / "train-%03d.tar")[0]
 
 
 def ours(shard: Path, plan: CropPlan) -> Iterator[tuple[torch.Tensor, list[str]]]:
-    index = ShardIndex.build(shard)
-    order = SampleOrder(len(index), BATCH, seed=0)
-    with Loader(index, order, decoder=CpuDecoder(OUTPUT), plan=plan, seed=0, threads=WORKERS, prefetch=4) as loader:
+    index = farl_data.ShardIndex.build(shard)
+    order = farl_data.SampleOrder(len(index), BATCH, seed=0)
+    settings = {"decoder": farl_data.CpuDecoder(OUTPUT), "plan": plan, "seed": 0, "threads": WORKERS, "prefetch": 4}
+    with farl_data.Loader(index, order, **settings) as loader:
         for batch in loader:
             yield batch.images, batch.captions
 
@@ -50,8 +56,8 @@ def webdataset_pil(shard: Path, plan: CropPlan) -> Iterator[tuple[torch.Tensor, 
 
     bicubic = transforms.InterpolationMode.BICUBIC
     if plan is CENTER:
-        steps = [transforms.CenterCrop(OUTPUT), transforms.PILToTensor()]
-        steps.insert(0, transforms.Resize(OUTPUT, interpolation=bicubic))
+        resize = transforms.Resize(OUTPUT, interpolation=bicubic)
+        steps = [resize, transforms.CenterCrop(OUTPUT), transforms.PILToTensor()]
     else:
         crop = transforms.RandomResizedCrop(OUTPUT, plan.scale, plan.ratio, interpolation=bicubic)
         steps = [crop, transforms.RandomHorizontalFlip(plan.flip), transforms.PILToTensor()]
@@ -86,10 +92,11 @@ def webdataset_batches(
 ) -> Iterator[tuple[torch.Tensor, list[str]]]:
     import webdataset
 
+    # Every worker reads the one shard; an endless stream, so that no epoch's end is timed.
+    settings = {"shardshuffle": False, "nodesplitter": None, "workersplitter": None, "empty_check": False}
+    stream: Any = webdataset.WebDataset(str(shard), **settings)
     dataset = (
-        # Every worker reads the one shard; an endless stream, so that no epoch's end is timed.
-        webdataset.WebDataset(str(shard), shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False)
-        .repeat()
+        stream.repeat()
         .shuffle(64, seed=0)
         .to_tuple("jpg", "txt")
         .map_tuple(decode, lambda text: text.decode())
@@ -121,15 +128,39 @@ def pictures(batches: Iterator[tuple[torch.Tensor, list[str]]]) -> dict[str, np.
     return {caption: found[caption] for caption in wanted}
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Torch's own threads would take the cores from the workers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", LOADERS)
 def test_loader(benchmark: Any, shard: Path, name: str) -> None:
-    pytest.importorskip("torchvision")
-    torch.set_num_threads(1)
+    shape = f"{shard.parent.name} to {OUTPUT} px, batch {BATCH}, {WORKERS} workers"
+    labels = {"op": "loader", "shape": shape, "mode": "both", "contender": name}
+    benchmark.group = f"loader | {shape}"
+    benchmark.extra_info |= labels
+    try:
+        if out_of_time():
+            raise NotMeasuredError("out of time")
+        if name != "farl_engine":
+            need("torchvision")
+            need("webdataset")
+    except NotMeasuredError as error:
+        leave_out(labels, str(error))
     expected, got = pictures(ours(shard, CENTER)), pictures(LOADERS[name](shard, CENTER))
     for caption, picture in expected.items():
         assert np.abs(picture.astype(int) - got[caption]).mean() < 1.0
     batches = LOADERS[name](shard, PLAN)
-    benchmark.group = f"loader, {shard.parent.name} to {OUTPUT} px, batch {BATCH}, {WORKERS} workers"
     benchmark.pedantic(lambda: [next(batches) for _ in range(BATCHES)], rounds=4, warmup_rounds=1)
     if benchmark.enabled:
-        benchmark.extra_info["pictures_per_second"] = BATCHES * BATCH / benchmark.stats.stats.median
+        stats = benchmark.stats.stats
+        benchmark.extra_info |= {
+            "seconds": stats.median / BATCHES,
+            "spread_seconds": stats.iqr / BATCHES,
+            "timed": "calls in a loop",
+            "pictures_per_second": BATCHES * BATCH / stats.median,
+        }
