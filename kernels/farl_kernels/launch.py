@@ -9,6 +9,7 @@ in float32 and float16, and wrong in bfloat16 (`tl.dot` works on the bit pattern
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import math
 import os
@@ -67,6 +68,12 @@ def declines(x: Tensor) -> str | None:
 def _capability(index: int | None) -> tuple[int, int]:
     # Tensors of a tracer may say "cuda" where there is none.
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else OLDEST_CAPABILITY
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; one for the interpreter and for recording, where it says nothing."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from farl_kernels.checks import check_device, describe
 from farl_kernels.dispatch import Op
-from farl_kernels.layer_norm import apex_backend, reference, torch_fused
+from farl_kernels.layer_norm import apex_backend, custom_ops, reference, torch_fused
 from farl_kernels.precision import without_autocast
 
 # Backends in order of preference: the first that does not refuse a call serves it.
 ADD_LAYER_NORM = Op("add_layer_norm")
+ADD_LAYER_NORM.register("triton", custom_ops.add_layer_norm, custom_ops.refuses, custom_ops.declines)
 ADD_LAYER_NORM.register("torch", torch_fused.add_layer_norm)
 ADD_LAYER_NORM.register("reference", reference.add_layer_norm)
 ADD_LAYER_NORM.register("apex", apex_backend.add_layer_norm, apex_backend.refuses)
@@ -40,11 +41,12 @@ def add_layer_norm(
             cast to the dtype of x); None = FaRL's (cast first, affine in the dtype of x). One result in float32.
         x_bias: [C], bias of the layer before, added and differentiated here.
         row_scale: [B] or [B, N] (the leading dimensions of x): factor of each sample, for stochastic depth. A constant.
-        backend: None (the fastest that fits), "torch", "reference" or "apex".
+        backend: None (the fastest that fits), "triton", "torch", "reference" or "apex".
 
     Returns:
         (normalised [..., C] in the dtype of x, sum [..., C] in the wider dtype of x and residual). Where nothing is
-        added, the sum may be x itself.
+        added, the sum may be x itself. With "triton" the gradient cannot itself be differentiated, nor taken by
+        torch.func; trying raises RuntimeError.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, or a backend that cannot serve the call.

@@ -162,7 +162,7 @@ def test_errors_name_the_argument(op):
         op(torch.zeros(2, 4), torch.zeros(3))
     with pytest.raises(ValueError, match=f"{name}: bias is on meta, want cpu"):
         op(torch.zeros(2, 4), torch.zeros(4, device="meta"))
-    with pytest.raises(ValueError, match=f"{name}: backend 'erf' is not one of torch, reference"):
+    with pytest.raises(ValueError, match=f"{name}: backend 'erf' is not one of triton, torch, reference"):
         op(torch.zeros(2), backend="erf")
 
 

@@ -201,7 +201,7 @@ def test_autocast_keeps_the_dtype_of_x(backend):
         ({"row_scale": torch.zeros(2, requires_grad=True)}, "row_scale must be a floating-point constant"),
         ({"affine_dtype": torch.bfloat16}, "affine_dtype is torch.bfloat16, want torch.float32"),
         ({"eps": -1.0}, "eps is -1.0"),
-        ({"backend": "sdpa"}, "backend 'sdpa' is not one of torch, reference, apex"),
+        ({"backend": "sdpa"}, "backend 'sdpa' is not one of triton, torch, reference, apex"),
     ],
 )
 def test_errors_name_the_argument(change, message):
