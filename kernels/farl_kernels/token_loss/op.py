@@ -8,9 +8,12 @@ from torch import Tensor
 from farl_kernels.checks import check_choice, check_device, describe
 from farl_kernels.dispatch import Op
 from farl_kernels.precision import autocast_dtype
-from farl_kernels.token_loss import reference
+from farl_kernels.token_loss import custom_ops, reference
 
 MASKED_TOKEN_CROSS_ENTROPY = Op("masked_token_cross_entropy")
+MASKED_TOKEN_CROSS_ENTROPY.register(
+    "triton", custom_ops.masked_token_cross_entropy, custom_ops.refuses, custom_ops.declines
+)
 MASKED_TOKEN_CROSS_ENTROPY.register("reference", reference.masked_token_cross_entropy)
 
 
@@ -35,7 +38,7 @@ def masked_token_cross_entropy(
         bias: float [V] or None.
         targets: int64 [R] in 0..V-1; rows with `ignore_index` count nothing and get no gradient.
         reduction: "mean" over the rows that count (0 where none does) or "sum".
-        backend: None, or a name in ``MASKED_TOKEN_CROSS_ENTROPY.names``.
+        backend: "triton", "reference" or None for the best that can run; ``MASKED_TOKEN_CROSS_ENTROPY.names``.
 
     Returns:
         (loss, correct, count), 0-d: the loss, float32 or float64; the rows whose largest logit is the target,
