@@ -7,24 +7,32 @@ import itertools
 import torch
 from torch import Tensor
 
-from farl_kernels.attention import reference, sdpa, segments, xformers_backend
+from farl_kernels.attention import custom_ops, reference, sdpa, segments, xformers_backend
 from farl_kernels.attention.padded import packed_by, single_query_by
+from farl_kernels.attention.single_query import custom_ops as single_query
 from farl_kernels.checks import check_device, describe
 from farl_kernels.dispatch import Op
 from farl_kernels.precision import autocast_dtype, without_autocast
 
-# Backends in order of preference: the first that does not refuse a call serves it.
+# Backends in order of preference: the first that neither refuses nor declines a call serves it.
 MASKED_ATTENTION = Op("masked_attention")
+MASKED_ATTENTION.register("triton", custom_ops.attention, custom_ops.refuses, custom_ops.declines)
 MASKED_ATTENTION.register("sdpa", sdpa.attention)
 MASKED_ATTENTION.register("reference", reference.attention)
 MASKED_ATTENTION.register("xformers", xformers_backend.attention, xformers_backend.refuses)
 
 MASKED_ATTENTION_PACKED = Op("masked_attention_packed")
+MASKED_ATTENTION_PACKED.register(
+    "triton", custom_ops.attention_packed, custom_ops.refuses_packed, custom_ops.declines_packed
+)
 MASKED_ATTENTION_PACKED.register("sdpa", packed_by(sdpa.attention))
 MASKED_ATTENTION_PACKED.register("reference", reference.attention_packed)
 MASKED_ATTENTION_PACKED.register("xformers", packed_by(xformers_backend.attention), xformers_backend.refuses)
 
 SINGLE_QUERY_ATTENTION = Op("single_query_attention")
+SINGLE_QUERY_ATTENTION.register(
+    "triton", single_query.attention_single_query, single_query.refuses, single_query.declines
+)
 SINGLE_QUERY_ATTENTION.register("segments", segments.attention_single_query, segments.refuses)
 SINGLE_QUERY_ATTENTION.register("sdpa", single_query_by(sdpa.attention))
 SINGLE_QUERY_ATTENTION.register("reference", reference.attention_single_query)
@@ -49,7 +57,8 @@ def masked_attention(
         causal: query i attends keys 0..i.
         key_mask: bool [B, N], True = may be attended. A query without any key gives 0 and passes no gradient.
         scale: multiplies the scores; None = D ** -0.5.
-        backend: None (the fastest that fits), "sdpa", "reference" or "xformers".
+        backend: None (the fastest that fits), "triton" (head dims 16 to 128 that are multiples of 8; CUDA),
+            "sdpa", "reference" or "xformers".
 
     Returns:
         [B, H, M, D] in the dtype of q (under autocast: in the autocast dtype, as for F.scaled_dot_product_attention).

@@ -235,7 +235,7 @@ def test_autocast_computes_in_the_autocast_dtype(backend):
             r"key_mask is torch.bool \(2, 5\) on cpu, want torch.bool \(2, 4\)",
         ),
         ({"key_mask": torch.ones(2, 4)}, "key_mask is torch.float32"),
-        ({"backend": "flash"}, "backend 'flash' is not one of sdpa, reference, xformers"),
+        ({"backend": "flash"}, "backend 'flash' is not one of triton, sdpa, reference, xformers"),
     ],
 )
 def test_errors_name_the_argument(change, message):

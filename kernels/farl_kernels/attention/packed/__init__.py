@@ -1,0 +1,1 @@
+"""Self-attention over packed sequences of any lengths, in Triton."""

@@ -1,0 +1,1 @@
+"""Attention of one query a sequence, in Triton."""
