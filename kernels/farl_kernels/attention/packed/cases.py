@@ -52,11 +52,15 @@ def _prepare(dtype: str, dim: int, kind: str, kernel: str) -> Callable[[torch.de
         causal, scale, tokens = kind == "text", dim**-0.5, sequences * mean + 240
         qkv = torch.randn(tokens, 3, heads, dim, **settings)
         cu_seqlens = _offsets(sequences, mean, longest, device)
+        # Captions at head dim 64 are the models' own, and they give the projection's bias.
+        bias = torch.randn(3, heads, dim, **settings) if (dtype, dim, kind) == ("half", 64, "text") else None
         if kernel == "forward":
-            return lambda: launchers.forward(qkv, None, cu_seqlens, longest, causal, scale)
+            return lambda: launchers.forward(qkv, bias, cu_seqlens, longest, causal, scale)
         out, grad = (torch.randn(tokens, heads, dim, **settings) for _ in range(2))
         lse = torch.full((heads, tokens), 4.0, device=device)
-        return lambda: launchers.backward(grad, qkv, None, cu_seqlens, out, lse, longest, causal, scale, False)
+        return lambda: launchers.backward(
+            grad, qkv, bias, cu_seqlens, out, lse, longest, causal, scale, bias is not None
+        )
 
     return prepare
 

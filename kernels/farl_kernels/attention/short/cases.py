@@ -52,11 +52,17 @@ def _qkv(dim: int, batch: int, n: int, device: torch.device) -> torch.Tensor:
     return torch.randn(batch, n, 3, HEADS[dim], dim, device=device, dtype=torch.bfloat16)
 
 
+def _bias(dim: int, device: torch.device) -> torch.Tensor | None:
+    """Head dim 64 is the models' own, and they give the projection's bias."""
+    return torch.randn(3, HEADS[dim], dim, device=device, dtype=torch.bfloat16) if dim == 64 else None
+
+
 def _forward(dim: int, batch: int, n: int, causal: bool, device: torch.device) -> Callable[[], Any]:
     from farl_kernels.attention.short import launchers
 
     q, k, v = _qkv(dim, batch, n, device).unbind(2)
-    return lambda: launchers.forward(q, k, v, None, None, causal, dim**-0.5)
+    bias = _bias(dim, device)
+    return lambda: launchers.forward(q, k, v, bias, None, causal, dim**-0.5)
 
 
 def _backward(dim: int, batch: int, n: int, causal: bool, device: torch.device) -> Callable[[], Any]:
@@ -65,12 +71,13 @@ def _backward(dim: int, batch: int, n: int, causal: bool, device: torch.device) 
     qkv = _qkv(dim, batch, n, device)
     out, grad = (torch.randn(batch, n, HEADS[dim], dim, device=device, dtype=qkv.dtype) for _ in range(2))
     lse = torch.randn(batch, HEADS[dim], n, device=device)
-    dqkv = torch.empty_like(qkv)
+    dqkv, bias = torch.empty_like(qkv), _bias(dim, device)
 
     def run() -> Any:
         q, k, v = qkv.unbind(2)
         dq, dk, dv = dqkv.unbind(2)
-        launchers.backward(grad, q, k, v, None, None, out, lse, causal, dim**-0.5, dq, dk, dv, False)
-        return dqkv
+        wants = bias is not None
+        dbias = launchers.backward(grad, q, k, v, bias, None, out, lse, causal, dim**-0.5, dq, dk, dv, wants)
+        return (dqkv, dbias) if wants else dqkv
 
     return run
