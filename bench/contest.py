@@ -32,6 +32,10 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 NOT_MEASURED: list[dict[str, str]] = []
 
 
+# The benchmark after which no CUDA call works any more, and nobody's time can be taken.
+_broken_by: str | None = None
+
+
 class NotMeasuredError(Exception):
     """A contender cannot take part; the message says why and is what the report prints."""
 
@@ -126,19 +130,18 @@ def compete(benchmark: Any, problem: Problem, name: str, make: Callable[[], Cont
     benchmark.group = f"{problem.op} | {problem.shape} | {mode}"
     benchmark.extra_info |= {"op": problem.op, "shape": problem.shape, "mode": mode, "contender": name}
     labels = {"op": problem.op, "shape": problem.shape, "mode": mode, "contender": name}
-    ours = False
+    ours, reason = False, None
     try:
-        if out_of_time():
-            raise NotMeasuredError("out of time")
+        check_ready()
         contender = make()
         ours = contender.ours
         if mode not in contender.modes or mode not in problem.modes:
             raise NotMeasuredError(f"has no {mode} pass of its own")
         _compete(benchmark, problem, contender, mode)
     except NotMeasuredError as error:
-        leave_out(labels, str(error))
+        reason = str(error)
     except torch.OutOfMemoryError:
-        leave_out(labels, "out of memory")
+        reason = "out of memory"
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
         # A backend that the op does not have, or that refuses: not measured, and no fault.
@@ -148,11 +151,32 @@ def compete(benchmark: Any, problem: Problem, name: str, make: Callable[[], Cont
         if ours and not refused:
             NOT_MEASURED.append(labels | {"reason": f"failed: {reason}"})
             raise
-        leave_out(labels, reason)
     finally:
-        if CUDA:
-            gc.collect()
+        # After the except clauses: what they caught held the tensors of the failed contender.
+        clean_up(f"{name}, {problem.shape}, {mode}")
+    if reason is not None:
+        leave_out(labels, reason)
+
+
+def check_ready() -> None:
+    """Raise NotMeasuredError where no benchmark can start any more; the first measures the ceilings."""
+    if out_of_time():
+        raise NotMeasuredError("out of time")
+    if _broken_by is not None:
+        raise NotMeasuredError(f"the GPU failed in {_broken_by}")
+    ceilings.measured()
+
+
+def clean_up(name: str) -> None:
+    """Give memory back for the next benchmark, and note if `name` has broken the GPU for this process."""
+    global _broken_by
+    gc.collect()
+    if CUDA and _broken_by is None:
+        try:
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()
+        except RuntimeError as error:
+            _broken_by = f"{name} ({str(error).splitlines()[0]})"
 
 
 def leave_out(labels: dict[str, str], reason: str) -> None:

@@ -10,6 +10,7 @@ others. ``summary.txt`` says what came of it, and the exit status is 1 if anythi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -29,6 +30,8 @@ from bench.sections import DEFAULT, NAMES, ROOT, Step, steps_of
 SECTION_MINUTES = 8.5
 # Kept back from a section's time for its last benchmark and for writing the results.
 RESERVE_SECONDS = 45
+# Time to write what there is, once a step is told to stop.
+GRACE_SECONDS = 20
 PROGRESS_SECONDS = 30
 TAIL_LINES = 40
 OURS = {"bench", "farl", "farl_engine", "farl_kernels"}
@@ -171,6 +174,8 @@ def run_step(
         absent = absent_package(outcome) if step.kind == "benchmarks" else None
         if code is None:
             outcome.status = "timed out"
+            # Pytest's report has the tests that were interrupted among the good ones.
+            outcome.counts = last_counts(output)
         elif absent is not None:
             outcome.status, outcome.line = "not measured", f"{absent} is not installed"
         # 5: pytest found nothing to run, 1 with no failure: it could not collect.
@@ -181,7 +186,7 @@ def run_step(
             outcome.line = next(iter(outcome.skipped), "nothing to run")
         if outcome.bad:
             outcome.tail = "\n".join(output.splitlines()[-TAIL_LINES:])
-            outcome.line = outcome.line or f"exit status {code}"
+            outcome.line = outcome.line or ("" if code is None else f"exit status {code}")
     return outcome
 
 
@@ -194,8 +199,7 @@ def run(section: str, command: list[str], environment: dict[str, str], log: Path
         )
         while process.poll() is None:
             if time.time() > end:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                stop(process)
                 return None
             if time.time() - told > PROGRESS_SECONDS:
                 told = time.time()
@@ -203,6 +207,16 @@ def run(section: str, command: list[str], environment: dict[str, str], log: Path
                 say(f"[{section}] ... {lines[-1][-70:] if lines else 'starting'}")
             time.sleep(0.2)
     return process.returncode
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process group, after pytest, if it is that, has had time to write its results."""
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def read_json(outcome: Outcome, output: str, code: int | None) -> None:
@@ -232,6 +246,13 @@ def read_junit(outcome: Outcome, path: Path) -> None:
         else:
             counts["passed"] += 1
     outcome.counts = counts
+
+
+def last_counts(output: str) -> dict[str, int]:
+    """The counts of pytest's last line, "1 passed, 2 skipped in 6.05s"; none if it came to write none."""
+    lines = [line for line in output.splitlines() if re.search(r"\d (passed|failed|skipped).* in [\d.]+s", line)]
+    found = re.findall(r"(\d+) (passed|failed|skipped)", lines[-1]) if lines else []
+    return {what: int(number) for number, what in found}
 
 
 def absent_package(outcome: Outcome) -> str | None:
@@ -278,6 +299,7 @@ def summary(machine: dict[str, Any], outcomes: dict[str, list[Outcome]], out: Pa
             lines.append(f"[{name}] {outcome.title}: {described(outcome)}")
             lines += [f"    not measured: {reason}" for reason in outcome.left_out]
             lines += [f"    failed: {failure}" for failure in outcome.failures[:20]]
+            lines += [f"    skipped: {number} x {reason}" for reason, number in outcome.skipped.items()][:20]
             if outcome.tail:
                 lines += ["    | " + line for line in outcome.tail.splitlines()]
     lines += ["", f"{seconds:.0f} s in all", "", *short_table(load(out))]

@@ -11,8 +11,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+TESTS = (*PYTEST, "-p", "bench.deadline")
 # Compilation is most of the time of the kernel tests, and it is done on the CPU.
 TEST_PROCESSES = 8
+# Each of the processes starts threads of its own.
+FEW_THREADS = (("OMP_NUM_THREADS", "2"), ("TORCHINDUCTOR_COMPILE_THREADS", "2"))
+# A test that hangs takes its process along, which is started again, and not the section.
+TEST_SECONDS = 180
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
 
@@ -58,17 +63,26 @@ def kernel_tests(cuda: bool, chosen: tuple[str, ...]) -> Step:
     """The tests of the kernels, natively on a GPU; on a CPU a few that are quick."""
     quick = ("tests/kernels/test_dispatch.py", "tests/kernels/test_no_host_sync.py")
     paths = chosen or (("tests/kernels",) if cuda else quick)
-    command = [*PYTEST, *paths, "-m", "not slow and not gpu"]
+    command = [*TESTS, *paths, "-m", "not slow" if cuda else "not slow and not gpu"]
     left_out = []
+    if not chosen:
+        command.append("--ignore=tests/kernels/test_on_gpu.py")
     if not installed("hypothesis"):
         for file in sorted((ROOT / "tests/kernels").rglob("*.py")):
             if re.search(r"^(from|import) hypothesis", file.read_text(), re.MULTILINE):
                 path = file.relative_to(ROOT).as_posix()
                 command.append(f"--ignore={path}")
                 left_out.append(f"{path}: hypothesis is not installed")
-    if installed("xdist") and cuda:
-        command += ["-n", str(TEST_PROCESSES), "--dist", "worksteal"]
-    return Step("kernel tests", tuple(command), "tests", left_out=tuple(left_out))
+    command += in_parallel(TEST_PROCESSES) if cuda else []
+    return Step("kernel tests", tuple(command), "tests", left_out=tuple(left_out), environment=FEW_THREADS)
+
+
+def in_parallel(processes: int) -> list[str]:
+    """Arguments of pytest for several processes, if it has the plugin."""
+    if not installed("xdist"):
+        return []
+    limit = [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"] if installed("pytest_timeout") else []
+    return ["-n", str(processes), "--dist", "worksteal", *limit]
 
 
 def gpu_tests(cuda: bool, slow: bool = True) -> Step:
@@ -76,10 +90,8 @@ def gpu_tests(cuda: bool, slow: bool = True) -> Step:
     title = "capture, bit equality, no host sync, bfloat16"
     if not cuda:
         return Step(title, None, "tests", "no GPU")
-    command = [*PYTEST, "tests/kernels/test_on_gpu.py", "-m", "gpu" if slow else "gpu and not slow"]
-    if installed("xdist"):
-        command += ["-n", str(TEST_PROCESSES // 2), "--dist", "worksteal"]
-    return Step(title, tuple(command), "tests")
+    command = [*TESTS, "tests/kernels/test_on_gpu.py", "-m", "gpu" if slow else "gpu and not slow"]
+    return Step(title, (*command, *in_parallel(TEST_PROCESSES // 2)), "tests", environment=FEW_THREADS)
 
 
 def sanitizer(cuda: bool, tool: str, minutes: float) -> Step:
@@ -88,7 +100,7 @@ def sanitizer(cuda: bool, tool: str, minutes: float) -> Step:
     found = next(filter(None, map(shutil.which, SANITIZER)), None)
     if not cuda or found is None:
         return Step(title, None, "tests", "compute-sanitizer is not installed" if cuda else "no GPU")
-    command = (found, "--tool", tool, "--error-exitcode", "86", "--print-limit", "20", *PYTEST)
+    command = (found, "--tool", tool, "--error-exitcode", "86", "--print-limit", "20", *TESTS)
     chosen = ("tests/kernels/test_on_gpu.py", "-m", "gpu", "-k", "test_error_against_float64 and torch.float16")
     # Every tensor in an allocation of its own, so that reading past its end is seen.
     environment = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)

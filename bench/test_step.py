@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.contest import NOT_MEASURED, NotMeasuredError, compiled, leave_out, need, record
-from bench.deadline import out_of_time
+from bench.contest import NOT_MEASURED, NotMeasuredError, check_ready, clean_up, compiled, leave_out, need, record
 from bench.timing import CUDA, DEVICE, prepare, side_stream
 from farl.flops import training_flops
 from farl.masking import mask_sizes
@@ -238,24 +236,31 @@ def test_step(benchmark: Any, precision: str, pairs: int, name: str) -> None:
     labels = {"op": "whole step", "shape": f"{model}, {pairs} pairs, {precision}", "mode": "both", "contender": name}
     benchmark.group = f"{labels['op']} | {labels['shape']}"
     benchmark.extra_info |= labels
+    reason = None
     try:
-        if out_of_time():
-            raise NotMeasuredError("out of time")
+        check_ready()
         errors = checked(name, precision)
         measure(benchmark, name, pairs, precision, errors)
     except NotMeasuredError as error:
-        if not name.startswith("open_clip") and "wrong result" in str(error):
-            NOT_MEASURED.append(labels | {"reason": str(error)})
-            raise AssertionError(str(error)) from None
-        leave_out(labels, str(error))
+        reason = str(error)
     except torch.OutOfMemoryError:
-        leave_out(labels, "out of memory")
+        reason = "out of memory"
     except ImportError as error:
-        leave_out(labels, f"import failed: {error}")
+        reason = f"import failed: {error}"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+        if not name.startswith("open_clip"):
+            NOT_MEASURED.append(labels | {"reason": f"failed: {reason}"})
+            raise
     finally:
-        gc.collect()
-        if CUDA:
-            torch.cuda.empty_cache()
+        # After the except clauses: what they caught held the model and its activations.
+        clean_up(f"{name}, {pairs} pairs")
+    if reason is None:
+        return
+    if not name.startswith("open_clip") and "wrong result" in reason:
+        NOT_MEASURED.append(labels | {"reason": reason})
+        raise AssertionError(reason)
+    leave_out(labels, reason)
 
 
 def measure(benchmark: Any, name: str, pairs: int, precision: str, errors: dict[str, float]) -> None:

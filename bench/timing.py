@@ -5,6 +5,7 @@ Calls rotate among several sets of inputs that together do not fit in the cache.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
@@ -80,6 +81,7 @@ def prepare(
     failure = "not asked for"
     if capture:
         try:
+            _without_waiting(calls[0])
             timed = _captured(calls, launches, given)
             # Launch gaps of eager calls are gone: the time of a replay says how many launches are wanted.
             seconds = _event_seconds(timed.run) / launches
@@ -108,9 +110,15 @@ def round_count(seconds: float) -> int:
 
 def side_stream() -> Any:
     """Context of the stream on which everything of a contest runs: graphs cannot be captured on the default one."""
-    stream = torch.cuda.Stream()
+    stream = _stream()
     stream.wait_stream(torch.cuda.current_stream())
     return torch.cuda.stream(stream)
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    # One for all: PyTorch keeps freed memory and cuBLAS its workspace apart for each stream.
+    return torch.cuda.Stream()
 
 
 def _warm_up(calls: list[Callable[[], Any]]) -> float:
@@ -135,6 +143,18 @@ def _event_seconds(call: Callable[[], Any]) -> float:
     end.record()
     end.synchronize()
     return max(1e-6, start.elapsed_time(end) * 1e-3)
+
+
+def _without_waiting(call: Callable[[], Any]) -> None:
+    """Call it; RuntimeError if it waits for the device, which cannot be captured.
+
+    To find that out by capturing would leave PyTorch's random numbers and its allocator in capture for good.
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _captured(calls: list[Callable[[], Any]], launches: int, given: tuple[torch.Tensor, ...]) -> Timed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -147,6 +148,38 @@ def test_nothing_starts_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> N
         compete(Benchmark(), PROBLEM, "mine", lambda: Contender(product, ours=True), "forward")
     monkeypatch.setenv(deadline.VARIABLE, "1e12")
     assert not deadline.out_of_time()
+
+
+def test_no_time_is_taken_on_a_gpu_that_failed_and_nobody_else_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+    monkeypatch.setattr(contest, "CUDA", True)
+    monkeypatch.setattr(contest, "_broken_by", None)
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    contest.clean_up("culprit")
+    contest.clean_up("bystander")
+    with pytest.raises(NotMeasuredError, match=r"the GPU failed in culprit \(CUDA error: an illegal memory access"):
+        contest.check_ready()
+
+
+def test_the_tensors_of_a_failed_contender_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def exhausts(a: Tensor, b: Tensor) -> Tensor:
+        big = a + 1
+        made.append(weakref.ref(big))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    freed: list[bool] = []
+
+    def look(labels: dict[str, str], reason: str) -> None:
+        freed.extend(each() is None for each in made)
+        assert reason == "out of memory"
+
+    monkeypatch.setattr(contest, "leave_out", look)
+    compete(Benchmark(), PROBLEM, "peer", lambda: Contender(exhausts), "forward")
+    assert freed == [True]
 
 
 def test_inputs_differ_between_sets_and_runs() -> None:

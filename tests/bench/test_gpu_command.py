@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -77,6 +78,31 @@ def test_a_section_that_hangs_is_ended(command: Any, tmp_path: Path) -> None:
     assert "[hangs] hangs: timed out" in text and "[good] test_it.py: ok" in text
     stat = Path("/proc", pid.read_text(), "stat")
     assert not stat.exists() or stat.read_text().split()[2] in "ZX"
+
+
+def test_what_was_done_before_the_end_is_kept(command: Any, tmp_path: Path) -> None:
+    slow = step_of(tmp_path, TESTS + "def test_slow():\n    import time; time.sleep(60)\n", "test_slow.py")
+    status, out = command({"slow": (dataclasses.replace(slow, minutes=0.1),)})
+    text = (out / "summary.txt").read_text()
+    assert status == 1 and "[slow] test_slow.py: timed out, 1 passed" in text
+    assert "skipped: 1 x no such thing here" in text
+
+
+def test_no_test_starts_after_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_it.py").write_text("def test_late(): raise AssertionError\n")
+    monkeypatch.setenv(gpu.VARIABLE, "1000")
+    environment = gpu.environment_of(gpu.parse(["--out", "x"]))
+    pytest_ = (*sections.TESTS, "-rs", str(tmp_path / "test_it.py"))
+    done = subprocess.run(pytest_, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "1 skipped" in done.stdout and "out of time" in done.stdout
+
+
+def test_on_a_gpu_every_test_of_the_kernels_is_in_a_step() -> None:
+    (kernels,), (gpu_only,) = steps_of("kernel_tests", True), steps_of("gpu_tests", True)
+    assert kernels.command is not None and gpu_only.command is not None
+    path = "tests/kernels/test_on_gpu.py"
+    assert path in gpu_only.command and f"--ignore={path}" in kernels.command
+    assert "not slow" in kernels.command and "tests/kernels" in kernels.command
 
 
 def test_what_cannot_be_measured_is_told_and_no_failure(command: Any, tmp_path: Path) -> None:

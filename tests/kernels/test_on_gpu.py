@@ -5,6 +5,7 @@ All shapes are ragged (no length is a multiple of a tile), so that ``compute-san
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -259,9 +260,15 @@ def test_nothing_waits_for_the_device(name: str, device: torch.device) -> None:
     # The first call compiles, and loading a kernel may wait.
     results(call, "triton", leaves)
     torch.cuda.synchronize()
+    with waiting_is_an_error():
+        results(call, "triton", leaves)
+
+
+@contextlib.contextmanager
+def waiting_is_an_error() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
     try:
-        results(call, "triton", leaves)
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -272,13 +279,16 @@ def test_a_captured_graph_replays_on_new_inputs(name: str, backend: str | None, 
     call, leaves = CALLS[name](Draw(device, torch.bfloat16))
     static = tuple(x.detach().clone().requires_grad_() for x in leaves)
     upstream: list[Tensor] = []
+    # Not the device's own generator: a capture that fails would leave it in capture for the tests that follow.
+    generator = torch.Generator(device=device).manual_seed(1)
 
     def step() -> list[Tensor]:
         made = call(backend, static)
         outputs = list(made) if isinstance(made, tuple) else [made]
         live = [x for x in outputs if x.requires_grad]
         if not upstream:
-            upstream.extend(torch.randn_like(x) for x in live)
+            drawn = (torch.randn(x.shape, device=device, generator=generator).to(x.dtype) for x in live)
+            upstream.extend(drawn)
         grads = torch.autograd.grad(live, static, upstream) if static else ()
         return [x.detach() for x in outputs] + list(grads)
 
@@ -288,6 +298,8 @@ def test_a_captured_graph_replays_on_new_inputs(name: str, backend: str | None, 
         for _ in range(3):
             step()
         torch.cuda.synchronize()
+        with waiting_is_an_error():
+            step()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             captured = step()
@@ -325,16 +337,20 @@ def test_offsets_past_two_to_the_31(device: torch.device) -> None:
         pytest.skip("needs 40 GB of memory")
     rows, width = 700_032, 3072
     assert rows * width > 2**31
-    x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
-    bias = torch.randn(width, device=device, dtype=torch.bfloat16)
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)
+
+    x, bias = draw(rows, width), draw(width)
     assert torch.equal(quick_gelu(x, bias, backend="triton")[-64:], quick_gelu(x[-64:], bias, backend="triton"))
-    weight = torch.randn(width, device=device, dtype=torch.bfloat16)
+    weight = draw(width)
     got = add_layer_norm(x, None, weight, bias, eps=1e-5, backend="triton")[0][-64:]
     assert torch.equal(got, add_layer_norm(x[-64:], None, weight, bias, eps=1e-5, backend="triton")[0])
     del x, got
     gc.collect()
     torch.cuda.empty_cache()
-    qkv = torch.randn(4_800, 197, 3, 12, 64, device=device, dtype=torch.bfloat16)
+    qkv = draw(4_800, 197, 3, 12, 64)
     assert qkv.numel() > 2**31
     got = masked_attention_packed(qkv, backend="triton")[-2:]
     assert torch.equal(got, masked_attention_packed(qkv[-2:], backend="triton"))

@@ -79,7 +79,8 @@ class _Attention(Branch):
         if self.training and self.attn_drop.p > 0:
             return None
         # From the input, before anything else is computed: the order of the original.
-        gate = None if self.gate is None else self.gate(x).sigmoid()
+        layer = getattr(self, "gate", None)  # not in every version
+        gate = None if layer is None else layer(x).sigmoid()
         out = self.norm(self._heads(x, **options))
         return out if gate is None else out * gate
 

@@ -36,7 +36,7 @@ class Subject:
         model.zero_grad()
         torch.manual_seed(7)
         features = self.features(model)
-        probe = torch.linspace(-1, 1, features.numel(), dtype=features.dtype)
+        probe = torch.linspace(-1, 1, features.numel(), dtype=features.dtype, device=features.device)
         # Squared, so that the gradient depends on the values.
         (features * probe).square().sum().backward()
         grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -48,7 +48,7 @@ def _in_dtype_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _timm(name: str, size_of: str = "narrow", **options: Any) -> Subject:
-    import timm
+    timm = pytest.importorskip("timm", reason="timm is not installed")
 
     from farl_kernels.integrations.timm import accelerate
 
@@ -62,7 +62,7 @@ def _timm(name: str, size_of: str = "narrow", **options: Any) -> Subject:
 
 
 def _open_clip(name: str, size_of: str = "narrow", **options: Any) -> Subject:
-    import open_clip
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
 
     from farl_kernels.integrations.open_clip import accelerate
 
@@ -82,7 +82,7 @@ def _open_clip(name: str, size_of: str = "narrow", **options: Any) -> Subject:
 
 
 def _transformers(kind: str, size_of: str = "narrow", attention: str = "sdpa", **options: Any) -> Subject:
-    import transformers
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
     from farl_kernels.integrations.transformers import accelerate
 

@@ -197,7 +197,7 @@ class TestMultiheadAttention:
             ({"need_weights": False, "key_padding_mask": torch.arange(5).expand(2, 5) > 2}, True),
             ({"need_weights": False, "key_padding_mask": torch.randn(2, 5).double()}, False),
         ],
-        ids=str,
+        ids=["plain", "weights", "all weights", "unknown mask", "causal mask", "padding", "padding by numbers"],
     )
     @pytest.mark.parametrize("grad", [True, False])
     def test_calls(self, attention, options, fused, grad, attention_calls) -> None:
