@@ -1,4 +1,7 @@
-"""The table entries of add_layer_norm in use: a batch of 256 images of 197 tokens, all gradients wanted."""
+"""The table entries of add_layer_norm in use: a batch of 256 images of 197 tokens, all gradients wanted.
+
+In 16 bits FaRL's convention (cast before the affine) and CLIP's are two kernels with one table entry: a case runs both.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from farl_kernels.tables import Config
 ROWS = 256 * 197
 # A typical width for each number of pieces that a row is cut into.
 WIDTHS = {2: 1024, 3: 768}
+# Values of `cast_first`; in float32 it changes nothing.
+CONVENTIONS = {torch.bfloat16: (True, False), torch.float32: (True,)}
 
 
 def cases() -> list[Case]:
@@ -26,7 +31,7 @@ def cases() -> list[Case]:
             _candidates(kernel, 8 * dtype.itemsize),
         )
         for pieces, columns in WIDTHS.items()
-        for dtype in (torch.bfloat16, torch.float32)
+        for dtype in CONVENTIONS
         for kernel, prepare in (("forward", _forward), ("backward", _backward))
     ]
 
@@ -49,7 +54,10 @@ def _forward(columns: int, dtype: torch.dtype, device: torch.device) -> Callable
 
     x, residual = (torch.randn(ROWS, columns, device=device, dtype=dtype) for _ in range(2))
     weight, bias, x_bias = (torch.randn(columns, device=device) for _ in range(3))
-    return lambda: launchers.forward(x, residual, weight, bias, x_bias, None, 1e-5, False)
+    return lambda: [
+        launchers.forward(x, residual, weight, bias, x_bias, None, 1e-5, cast_first)
+        for cast_first in CONVENTIONS[dtype]
+    ]
 
 
 def _backward(columns: int, dtype: torch.dtype, device: torch.device) -> Callable[[], Any]:
@@ -59,4 +67,7 @@ def _backward(columns: int, dtype: torch.dtype, device: torch.device) -> Callabl
     mean, rstd = (torch.rand(ROWS, device=device) for _ in range(2))
     weight = torch.randn(columns, device=device)
     wanted = [True, False, True, True, True]
-    return lambda: launchers.backward(upstream, d_summed, summed, mean, rstd, weight, None, dtype, False, wanted)
+    return lambda: [
+        launchers.backward(upstream, d_summed, summed, mean, rstd, weight, None, dtype, cast_first, wanted)
+        for cast_first in CONVENTIONS[dtype]
+    ]

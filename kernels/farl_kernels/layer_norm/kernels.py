@@ -206,20 +206,22 @@ def add_layer_norm_backward_kernel(
                 gradient = tl.load(D_NORMALISED + start * d_normalised_stride + column, mask=mask, other=0.0)
                 summed = tl.load(SUMMED + start * summed_stride + column, mask=mask, other=0.0)
                 part = (summed.to(tl.float32) - mean) * rstd
-                g = gradient.to(tl.float32)
-                if D_WEIGHT is not None:
-                    new_weight_sums += (weight_sums[i] + g * part,)
-                if D_BIAS is not None:
-                    new_bias_sums += (bias_sums[i] + g,)
+                gradient = gradient.to(tl.float32)
+                g = gradient
                 if WEIGHT is not None:
                     weight = _vector(WEIGHT, i, C, CHUNK, ROWS)
                     if CAST_FIRST:
                         weight = weight.to(D_NORMALISED.dtype.element_ty)
-                    g *= weight.to(tl.float32)
+                    g = gradient * weight.to(tl.float32)
                 gradients += (g,)
                 normalised += (part,)
                 total += g
                 product += g * part
+                # After the sums of the row: in the other order ptxas needs a few more registers, and spills.
+                if D_WEIGHT is not None:
+                    new_weight_sums += (weight_sums[i] + gradient * part,)
+                if D_BIAS is not None:
+                    new_bias_sums += (bias_sums[i] + gradient,)
             weight_sums = new_weight_sums
             bias_sums = new_bias_sums
             mean_gradient = (tl.sum(total, 1) / C)[:, None]

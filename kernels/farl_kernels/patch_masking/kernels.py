@@ -272,7 +272,6 @@ def mask_patches_forward_kernel(
     visible,
     output,
     batch,
-    patches,
     tokens,
     channels,
     embeddings_image_stride,

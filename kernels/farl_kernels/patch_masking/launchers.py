@@ -199,7 +199,6 @@ def mask_patches(
         visible,
         output,
         batch,
-        patches,
         tokens,
         channels,
         *embeddings.stride()[:2],
@@ -280,10 +279,11 @@ def mask_patches_backward(
             position_programs,
             **config,
         )
-    nothing = (torch.empty(0, dtype=torch.float32, device=device) for _ in range(4))
-    found = grad_embeddings, grad_mask_token, grad_class_token, grad_position
-    first, second, third, fourth = (n if g is None else g for g, n in zip(found, nothing, strict=True))
-    return first, second, third, fourth
+
+    def or_empty(x: Tensor | None) -> Tensor:
+        return torch.empty(0, dtype=torch.float32, device=device) if x is None else x
+
+    return or_empty(grad_embeddings), or_empty(grad_mask_token), or_empty(grad_class_token), or_empty(grad_position)
 
 
 def _rows(visible: Tensor, tokens: int) -> Tensor:

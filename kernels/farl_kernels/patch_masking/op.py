@@ -98,7 +98,9 @@ def sample_block_masks(
 ) -> tuple[Tensor, Tensor]:
     """Choose the patches to mask: a pure function of (seed, sample id, view), on the device, without a host sync.
 
-    The same three numbers give the same mask, bit for bit, on every device, in any batch, on any rank.
+    The same three numbers give the same mask, bit for bit, on every device, in any batch, on any rank. The first call
+    with mode "block" on a device copies a table of 32 KB there and waits for it: make one before a CUDA graph is
+    captured, or recorded by ``torch.compile(mode="reduce-overhead")``.
 
     Args:
         sample_ids, views: int64 [B] on one device.
