@@ -65,6 +65,7 @@ def declines(x: Tensor) -> str | None:
     return None if x.is_cuda else "unasked, kernels run on CUDA only"
 
 
+@functools.cache
 def _capability(index: int | None) -> tuple[int, int]:
     # Tensors of a tracer may say "cuda" where there is none.
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else OLDEST_CAPABILITY

@@ -26,19 +26,17 @@ _overrides: dict[tuple[str, str, str], Config] = {}
 _lookups: list[tuple[str, str, str]] | None = None
 
 
-def architectures() -> list[str]:
+@functools.cache
+def architectures() -> tuple[str, ...]:
     """The architectures with a shipped table, oldest first: "sm_80", "sm_90"."""
-    return sorted((path.name for path in FOLDER.iterdir() if path.is_dir()), key=_number)
+    return tuple(sorted((path.name for path in FOLDER.iterdir() if path.is_dir()), key=_number))
 
 
 def architecture_of(device: torch.device) -> str:
     """Whose table a device takes: CPU and meta tensors the oldest, unless :func:`use_architecture` says another."""
     if _architecture is not None:
         return _architecture
-    known = architectures()
-    if device.type != "cuda":
-        return known[0]
-    return _nearest(tuple(known), *torch.cuda.get_device_capability(device))
+    return architectures()[0] if device.type != "cuda" else _architecture_of_gpu(device)
 
 
 def lookup(op: str, kernel: str, bucket: str, device: torch.device) -> Config:
@@ -52,9 +50,9 @@ def lookup(op: str, kernel: str, bucket: str, device: torch.device) -> Config:
     found = _overrides.get((op, kernel, bucket))
     own = os.environ.get(ENVIRONMENT)
     if found is None and own:
-        found = _read(Path(own) / f"{op}.json").get(kernel, {}).get(bucket)
+        found = _read(own, op).get(kernel, {}).get(bucket)
     if found is None:
-        found = _read(FOLDER / architecture_of(device) / f"{op}.json")[kernel][bucket]
+        found = shipped(architecture_of(device), op)[kernel][bucket]
     return dict(found)
 
 
@@ -106,14 +104,26 @@ def formatted(table: dict[str, dict[str, Config]]) -> str:
     return "{\n" + ",\n".join(kernels) + "\n}\n"
 
 
+# A lookup stands before every launch, so all of these are kept: together they would cost more than the launch.
 @functools.cache
+def _architecture_of_gpu(device: torch.device) -> str:
+    return _nearest(architectures(), *torch.cuda.get_device_capability(device))
+
+
 def _nearest(known: tuple[str, ...], major: int, minor: int) -> str:
     capability = 10 * major + minor
     return max((name for name in known if _number(name) <= capability), key=_number, default=known[0])
 
 
 @functools.cache
-def _read(path: Path) -> dict[str, dict[str, Config]]:
+def shipped(architecture: str, op: str) -> dict[str, dict[str, Config]]:
+    """The whole table of an op, ``{kernel: {bucket: configuration}}``."""
+    return _read(str(FOLDER / architecture), op)
+
+
+@functools.cache
+def _read(folder: str, op: str) -> dict[str, dict[str, Config]]:
+    path = Path(folder) / f"{op}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 

@@ -91,9 +91,11 @@ def test_recorded_lookups() -> None:
     ("capability", "wanted"), [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((12, 0), "sm_90")]
 )
 def test_a_gpu_takes_the_newest_table_not_newer_than_itself(
-    capability: tuple[int, int], wanted: str, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], wanted: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    tables._architecture_of_gpu.cache_clear()
+    request.addfinalizer(tables._architecture_of_gpu.cache_clear)
     assert tables.architecture_of(torch.device("cuda", 0)) == wanted
     with tables.use_architecture("sm_80"):
         assert tables.architecture_of(torch.device("cuda", 0)) == "sm_80"

@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
             for b, r in measured
         ]
         options.json.write_text(json.dumps({"triton": check.triton_version(), "kernels": rows}, indent=1) + "\n")
-    everything = not options.only and options.arch == tables.architectures()
+    everything = not options.only and options.arch == list(tables.architectures())
     if options.update:
         keep_others = not everything or len(measured) < len(wanted) or len(cases) == 0
         print(f"wrote {check.write_budgets(measured, keep_others=keep_others, folder=folder)}")

@@ -85,7 +85,7 @@ def few_blocks():
     """The interpreter takes its time by the block, so it gets larger ones than fit on a GPU."""
     with contextlib.ExitStack() as stack:
         if DEVICE.type == "cpu":
-            for kernel, buckets in tables._read(tables.FOLDER / "sm_80" / "attention_packed.json").items():
+            for kernel, buckets in tables.shipped("sm_80", "attention_packed").items():
                 for bucket in buckets:
                     config = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
                     stack.enter_context(tables.override("attention_packed", kernel, bucket, config))

@@ -129,7 +129,7 @@ def test_float32_is_not_taken_unasked():
 
 @pytest.mark.parametrize("architecture", tables.architectures())
 def test_every_table_entry_has_a_case_that_uses_it(architecture):
-    table = tables._read(tables.FOLDER / architecture / "attention_packed.json")
+    table = tables.shipped(architecture, "attention_packed")
     entries = {(kernel, bucket) for kernel, buckets in table.items() for bucket in buckets}
     assert entries == {(case.kernel, case.bucket) for case in cases.cases()}
     for case in cases.cases():

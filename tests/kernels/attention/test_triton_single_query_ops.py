@@ -120,7 +120,7 @@ def test_refusals(dim, dtype, message):
 
 @pytest.mark.parametrize("architecture", tables.architectures())
 def test_every_table_entry_has_a_case_that_uses_it(architecture):
-    table = tables._read(tables.FOLDER / architecture / "attention_single_query.json")
+    table = tables.shipped(architecture, "attention_single_query")
     entries = {(kernel, bucket) for kernel, buckets in table.items() for bucket in buckets}
     assert entries == {(case.kernel, case.bucket) for case in cases.cases()}
     for case in cases.cases():
