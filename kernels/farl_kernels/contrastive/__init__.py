@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from farl_kernels.contrastive.exchange import GatheredFeatures
-from farl_kernels.contrastive.op import ContrastiveLoss, contrastive_loss, gather_features
+from farl_kernels.contrastive.module import ContrastiveLoss
+from farl_kernels.contrastive.op import contrastive_loss, gather_features
+from farl_kernels.contrastive.open_clip import ClipLoss, SigLipLoss
 
-__all__ = ["ContrastiveLoss", "GatheredFeatures", "contrastive_loss", "gather_features"]
+__all__ = ["ClipLoss", "ContrastiveLoss", "GatheredFeatures", "SigLipLoss", "contrastive_loss", "gather_features"]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farl_kernels.contrastive.reference import AxisTerms, Backend, Statistics, Tile, TileGradients
+from farl_kernels.contrastive.reference import AxisTerms, Statistics, Tile, TileGradients, gradients, statistics
 
 BLOCK = 128
 
@@ -38,23 +38,23 @@ def _join(parts: list[Tensor], tile: Tile) -> Tensor:
     return torch.cat(parts)[before : before + len(tile.rows)]
 
 
-def row_statistics(backend: Backend, tile: Tile) -> Statistics:
-    """``backend.statistics`` along the rows only."""
-    parts = [backend.statistics(block, with_columns=False)[0] for block in _tiles(tile)]
+def row_statistics(tile: Tile) -> Statistics:
+    """:func:`farl_kernels.contrastive.reference.statistics` along the rows only."""
+    parts = [statistics(block, with_columns=False)[0] for block in _tiles(tile)]
     return {key: _join([part[key] for part in parts], tile) for key in parts[0]}
 
 
 def row_gradients(
-    backend: Backend, tile: Tile, row: AxisTerms, column: AxisTerms, *, need_rows: bool, need_scalars: bool
+    tile: Tile, row: AxisTerms, column: AxisTerms, *, need_rows: bool, need_scalars: bool
 ) -> TileGradients:
-    """``backend.gradients`` for the rows only."""
+    """:func:`farl_kernels.contrastive.reference.gradients` for the rows only."""
     terms = [None if x is None else _split(x, tile.offset) for x in (row.weight, row.lse, row.same)]
     parts = []
     for k, block in enumerate(_tiles(tile)):
         weight, lse, same = (None if x is None else x[k] for x in terms)
         assert weight is not None
         parts.append(
-            backend.gradients(
+            gradients(
                 block,
                 AxisTerms(weight, lse, same),
                 column,

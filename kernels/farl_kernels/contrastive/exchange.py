@@ -32,6 +32,13 @@ class Ranks:
         if self.rank < 0:
             raise ValueError(f"{OP}: group does not hold this rank, want calls on the group's own ranks only")
 
+    @classmethod
+    def alone(cls) -> Ranks:
+        """This process by itself, whatever groups there are."""
+        ranks = cls.__new__(cls)
+        ranks.group, ranks.rank, ranks.world_size = None, 0, 1
+        return ranks
+
     def start_all_gather(self, x: Tensor) -> tuple[Tensor, dist.Work | None]:
         """[n, ...] -> ([W * n, ...] by rank, the work to wait for)."""
         if self.world_size == 1:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from farl_kernels import launch
 from farl_kernels.checks import check_choice, check_device, describe
-from farl_kernels.contrastive.autograd import Call, ContrastiveFunction
+from farl_kernels.contrastive.autograd import loss_of_pairs
 from farl_kernels.contrastive.exchange import GatheredFeatures, Ranks
-from farl_kernels.contrastive.options import OP, REDUCTIONS, Options
-from farl_kernels.contrastive.reference import REFERENCE
+from farl_kernels.contrastive.options import OP, PRECISIONS, REDUCTIONS, Options
 from farl_kernels.dispatch import Op
-from farl_kernels.precision import without_autocast
 
 CONTRASTIVE_LOSS = Op(OP)
-PRECISIONS = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
-
-
-def _reference(
-    image: Tensor, gathered: GatheredFeatures, scale: Tensor, bias: Tensor | None, ids: Tensor | None, options: Options
-) -> tuple[Tensor, ...]:
-    gathered.returning.losses += 1
-    with without_autocast(image.device):
-        return ContrastiveFunction.apply(image, gathered.local, scale, bias, ids, Call(gathered, options, REFERENCE))
-
-
-CONTRASTIVE_LOSS.register("reference", _reference)
+CONTRASTIVE_LOSS.register(
+    "triton",
+    functools.partial(loss_of_pairs, backend="triton"),
+    lambda image, *rest: launch.refuses(image),
+    lambda image, *rest: launch.declines(image),
+)
+CONTRASTIVE_LOSS.register("reference", functools.partial(loss_of_pairs, backend="reference"))
 
 
 def _features(name: str, features: Tensor, precision: str | None) -> Tensor:
@@ -35,11 +31,10 @@ def _features(name: str, features: Tensor, precision: str | None) -> Tensor:
         raise ValueError(f"{OP}: {name} is {describe(features)}, want a floating-point tensor [n, D] with n >= 1")
     if precision is None:
         return features
-    check_choice(OP, "precision", precision, tuple(PRECISIONS))
-    return features.to(PRECISIONS[precision])
+    check_choice(OP, "precision", precision, PRECISIONS)
+    return features.to(torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
-@torch.compiler.disable
 def gather_features(
     text_features: Tensor, *, group: dist.ProcessGroup | None = None, precision: str | None = None
 ) -> GatheredFeatures:
@@ -53,16 +48,30 @@ def gather_features(
         text_features: float [n, D], the same n and D on all ranks.
         group: the ranks that share the loss; None is the default group, or one process where none is initialised.
         precision: dtype in which features travel and products are taken: None (that of the features), "bf16", "tf32"
-            or "fp32". The last two keep float32; TF32 is used by backends that have it.
+            or "fp32". The last two keep float32, and say how it is multiplied on a GPU; None leaves that to
+            ``torch.set_float32_matmul_precision``.
 
     Raises:
         ValueError: an argument does not fit, or n, D or the dtype differ between ranks (then on every rank; on GPUs
             after the first step, on those ranks whose shape is new).
     """
-    return GatheredFeatures(_features("text_features", text_features, precision), Ranks(group))
+    return _gathered(_features("text_features", text_features, precision), Ranks(group))
+
+
+def local_features(text_features: Tensor, precision: str | None = None) -> GatheredFeatures:
+    """As :func:`gather_features` in this process by itself, whatever groups there are."""
+    return GatheredFeatures(_features("text_features", text_features, precision), Ranks.alone())
+
+
+def _gathered(features: Tensor, ranks: Ranks) -> GatheredFeatures:
+    return GatheredFeatures(features, ranks) if ranks.world_size == 1 else _start_gather(features, ranks)
 
 
 @torch.compiler.disable
+def _start_gather(features: Tensor, ranks: Ranks) -> GatheredFeatures:
+    return GatheredFeatures(features, ranks)
+
+
 def contrastive_loss(
     image_features: Tensor,
     text_features: Tensor | GatheredFeatures,
@@ -79,6 +88,7 @@ def contrastive_loss(
     chunk_bytes: int | None = None,
     reduction: str = "mean",
     return_metrics: bool = False,
+    return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Image-text contrastive loss over the global batch of N = W * n pairs; the N x N logits are never stored.
@@ -90,8 +100,8 @@ def contrastive_loss(
     global mean after the averaging of DDP or FSDP. The scale's and the bias's gradients are right after averaging
     too, but split between ranks in another way than open_clip's.
 
-    torch.compile leaves it, and :func:`gather_features`, out of its graphs: torch 2.11 would trace the node without
-    complaint and give wrong gradients. torch.func does not differentiate it.
+    In one process torch.compile takes it, and :func:`gather_features`, as opaque ops without a graph break
+    (``fullgraph=True``); with several ranks it breaks the graph around them. torch.func does not differentiate it.
 
     Args:
         image_features: float [n, D], usually L2-normalised. Their dtype is that of the products (sums are float32, or
@@ -113,17 +123,22 @@ def contrastive_loss(
         return_metrics: also return "image_to_text_accuracy" and "text_to_image_accuracy": the share of this rank's
             images (texts) whose best text (image) among all N is their own, or with ids and "multi_positive" one
             of the same id; masked items do not count, ties are misses. 0-d, detached.
+        return_lse: also return "image_to_text_lse" and "text_to_image_lse" [n]: the log-sum-exp of the logits of each
+            image (text) with all texts (images), the pair's own included. "softmax" only, detached.
         backend: None, or a name in ``CONTRASTIVE_LOSS.names``.
 
     Returns:
-        The loss, float32 (float64 for float64 features); with `return_metrics` the pair (loss, metrics).
+        The loss, float32 (float64 for float64 features); with `return_metrics` or `return_lse` the pair
+        (loss, metrics).
 
     Raises:
         ValueError: an argument does not fit; the message names it.
         RuntimeError: a second derivative is asked for.
     """
     check_choice(OP, "reduction", reduction, REDUCTIONS)
-    options = Options(kind, label_smoothing, duplicates, deterministic, chunk_bytes, return_metrics)
+    options = Options(
+        kind, label_smoothing, duplicates, deterministic, chunk_bytes, return_metrics, precision, return_lse
+    )
     image = _features("image_features", image_features, precision)
     if isinstance(text_features, GatheredFeatures):
         gathered = text_features
@@ -153,14 +168,18 @@ def contrastive_loss(
     ids = _checked_ids(ids, image, options)
     if gathered is None:
         assert isinstance(text_features, Tensor)
-        gathered = GatheredFeatures(text_features, Ranks(group))
-    loss, *correct = CONTRASTIVE_LOSS(backend, image, gathered, logit_scale, logit_bias, ids, options)
+        gathered = _gathered(text_features, Ranks(group))
+    loss, correct, lse = CONTRASTIVE_LOSS(backend, image, gathered, logit_scale, logit_bias, ids, options)
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
-    if not return_metrics:
+    if not (return_metrics or return_lse):
         return loss
-    names = ("image_to_text_accuracy", "text_to_image_accuracy")
-    return loss, {name: x.float().mean() for name, x in zip(names, correct, strict=True)}
+    metrics = {}
+    if return_metrics:
+        metrics["image_to_text_accuracy"], metrics["text_to_image_accuracy"] = correct.float().mean(1).unbind(0)
+    if return_lse:
+        metrics["image_to_text_lse"], metrics["text_to_image_lse"] = lse.unbind(0)
+    return loss, metrics
 
 
 def _check_scalar(name: str, x: Tensor, image: Tensor) -> None:
@@ -178,69 +197,3 @@ def _checked_ids(ids: Tensor | None, image: Tensor, options: Options) -> Tensor 
     if ids.shape != image.shape[:1] or ids.dtype != torch.int64 or ids.device != image.device:
         raise ValueError(f"{OP}: ids is {describe(ids)} on {ids.device}, want int64 [{len(image)}] on {image.device}")
     return ids.contiguous()
-
-
-class ContrastiveLoss(nn.Module):
-    """:func:`contrastive_loss` with its settings kept, called as ``loss(image_features, text_features, logit_scale)``.
-
-    Takes the place of open_clip's ``ClipLoss`` (and, with ``kind="sigmoid"``, of its ``SigLipLoss``).
-    """
-
-    def __init__(
-        self,
-        *,
-        group: dist.ProcessGroup | None = None,
-        kind: str = "softmax",
-        label_smoothing: float = 0.0,
-        duplicates: str = "negative",
-        precision: str | None = None,
-        deterministic: bool = False,
-        chunk_bytes: int | None = None,
-        reduction: str = "mean",
-        return_metrics: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__()
-        check_choice(OP, "reduction", reduction, REDUCTIONS)
-        if precision is not None:
-            check_choice(OP, "precision", precision, tuple(PRECISIONS))
-        Options(kind, label_smoothing, duplicates, deterministic, chunk_bytes, return_metrics)
-        self.group = group
-        self.kind = kind
-        self.label_smoothing = label_smoothing
-        self.duplicates = duplicates
-        self.precision = precision
-        self.deterministic = deterministic
-        self.chunk_bytes = chunk_bytes
-        self.reduction = reduction
-        self.return_metrics = return_metrics
-        self.backend = backend
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor | GatheredFeatures,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-        ids: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        return contrastive_loss(
-            image_features,
-            text_features,
-            logit_scale,
-            group=self.group,
-            kind=self.kind,
-            logit_bias=logit_bias,
-            label_smoothing=self.label_smoothing,
-            ids=ids,
-            duplicates=self.duplicates,
-            precision=self.precision,
-            deterministic=self.deterministic,
-            chunk_bytes=self.chunk_bytes,
-            reduction=self.reduction,
-            return_metrics=self.return_metrics,
-            backend=self.backend,
-        )
-
-    def extra_repr(self) -> str:
-        return f"kind={self.kind!r}, deterministic={self.deterministic}, reduction={self.reduction!r}"

@@ -10,6 +10,7 @@ OP = "contrastive_loss"  # the name that error messages begin with
 KINDS = ("softmax", "sigmoid")
 DUPLICATES = ("negative", "mask", "multi_positive")
 REDUCTIONS = ("mean", "sum", "none")
+PRECISIONS = ("bf16", "tf32", "fp32")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Options:
     deterministic: bool = False
     chunk_bytes: int | None = None
     metrics: bool = False
+    precision: str | None = None
+    lse: bool = False
 
     def __post_init__(self) -> None:
         check_choice(OP, "kind", self.kind, KINDS)
@@ -30,6 +33,10 @@ class Options:
             raise ValueError(f"{OP}: label_smoothing is {self.label_smoothing}, want a number in [0, 1)")
         if self.label_smoothing and self.kind == "sigmoid":
             raise ValueError(f"{OP}: label_smoothing is {self.label_smoothing}, want 0 with kind='sigmoid'")
+        if self.precision is not None:
+            check_choice(OP, "precision", self.precision, PRECISIONS)
+        if self.lse and self.kind == "sigmoid":
+            raise ValueError(f"{OP}: return_lse is True, want False with kind='sigmoid', which has no log-sum-exps")
         if self.chunk_bytes is not None and self.chunk_bytes < 1:
             raise ValueError(f"{OP}: chunk_bytes is {self.chunk_bytes}, want a positive number of bytes")
 

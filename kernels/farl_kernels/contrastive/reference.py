@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -157,8 +156,8 @@ def _chunk_statistics(
 class AxisTerms:
     """How the loss weighs one axis in the gradient, for each row [n] or column [N].
 
-    `weight` is the upstream gradient of the item's loss along this axis, `lse` the log-sum-exp of all its logits
-    (None for sigmoid) and `same` the pull of other items of the same id, `weight` times the target's share.
+    `weight` is the upstream gradient of the item's loss along this axis, `lse` the float64 log-sum-exp of all its
+    logits (None for sigmoid) and `same` the pull of other items of the same id, `weight` times the target's share.
     """
 
     weight: Tensor
@@ -178,8 +177,9 @@ class TileGradients:
 
 def _softmax_strip(cosines: Tensor, tile: Tile, row: AxisTerms, column: AxisTerms, at: slice) -> Tensor:
     assert row.lse is not None and column.lse is not None
-    strip = torch.addcmul(row.lse.neg()[:, None], cosines, tile.scale).exp_().mul_(row.weight[:, None])
-    other = torch.addcmul(column.lse[at].neg()[None], cosines, tile.scale).exp_()
+    row_lse, column_lse = row.lse.to(cosines.dtype), column.lse[at].to(cosines.dtype)
+    strip = torch.addcmul(row_lse.neg()[:, None], cosines, tile.scale).exp_().mul_(row.weight[:, None])
+    other = torch.addcmul(column_lse.neg()[None], cosines, tile.scale).exp_()
     return strip.addcmul_(other, column.weight[None, at])
 
 
@@ -232,13 +232,3 @@ def gradients(
         if d_columns is not None:
             d_columns[at] = matmul(strip.T, rows)
     return TileGradients(d_rows, d_columns, d_scale, d_bias)
-
-
-class Backend(NamedTuple):
-    """The two tile functions of a backend, with the contracts of :func:`statistics` and :func:`gradients`."""
-
-    statistics: Callable[..., tuple[Statistics, Statistics]]
-    gradients: Callable[..., TileGradients]
-
-
-REFERENCE = Backend(statistics, gradients)

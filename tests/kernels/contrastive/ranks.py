@@ -8,6 +8,7 @@ global batch on every rank, works on its slice, and compares with the N x N defi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import traceback
@@ -24,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from farl_kernels.contrastive import GatheredFeatures, contrastive_loss, gather_features
+from farl_kernels.contrastive import ClipLoss, GatheredFeatures, SigLipLoss, contrastive_loss, gather_features
 
-GLOBAL, FEATURES, DIM = 36, 10, 8  # 36 pairs: 1, 2, 3 and 4 ranks divide them
+GLOBAL, FEATURES, DIM = 72, 10, 8  # 72 pairs: 1, 2, 3, 4 and 8 ranks divide them
 CHECKS: dict[str, Callable[[int, int], None]] = {}
 
 
@@ -348,9 +349,9 @@ def wrong_scales_are_seen(rank: int, world: int) -> None:
 
 @check
 def deterministic_mode_does_not_see_the_ranks(rank: int, world: int) -> None:
-    """To the bit: losses and features' gradients of 300 pairs, which do not fill whole blocks, as in a world of one."""
+    """To the bit: losses and features' gradients of 312 pairs, which do not fill whole blocks, as in a world of one."""
     alone = [dist.new_group([r], timeout=timedelta(seconds=60)) for r in range(world)][rank]
-    count = 300
+    count = 312
     n = count // world
     here = slice(rank * n, rank * n + n)
     ids = torch.arange(count) // 3
@@ -369,6 +370,114 @@ def deterministic_mode_does_not_see_the_ranks(rank: int, world: int) -> None:
             one = run(slice(None), alone, dtype, **settings)
             equal = [a.equal(b[here]) for a, b in zip(several, one, strict=True)]
             assert all(equal), (dtype, settings, equal)
+
+
+KERNEL_SETTINGS: list[dict[str, Any]] = [
+    {"return_metrics": True},
+    {"duplicates": "mask", "label_smoothing": 0.1},
+    {"duplicates": "multi_positive", "deterministic": True},
+    {"kind": "sigmoid"},
+]
+
+
+@check
+def kernels_over_ranks(rank: int, world: int) -> None:
+    """Interpreted Triton kernels (float32) with the exchange: as the plain version, gradients of all inputs."""
+    n = GLOBAL // world
+    here = slice(rank * n, rank * n + n)
+    _, _, ids = batch()
+
+    def run(backend: str, settings: dict[str, Any]) -> list[Tensor]:
+        local = [x[here].float().requires_grad_() for x in dense.pairs(GLOBAL, DIM)]
+        scale = torch.tensor(20.0, requires_grad=True)
+        extra = {"ids": ids[here]} if "duplicates" in settings else {}
+        found = contrastive_loss(*local, scale, backend=backend, **settings, **extra)
+        loss, metrics = found if isinstance(found, tuple) else (found, {})
+        return [loss.detach(), *torch.autograd.grad(loss, [*local, scale]), *metrics.values()]
+
+    for settings in KERNEL_SETTINGS:
+        got, want = (run(name, settings) for name in ("triton", "reference"))
+        for a, b in zip(got, want, strict=True):
+            assert torch.allclose(a, b, rtol=2e-5, atol=2e-6 * b.abs().max().item()), settings
+
+
+@check
+def deterministic_kernels_do_not_see_the_ranks(rank: int, world: int) -> None:
+    alone = [dist.new_group([r], timeout=timedelta(seconds=60)) for r in range(world)][rank]
+    n = GLOBAL // world
+    here = slice(rank * n, rank * n + n)
+
+    def run(rows: slice, group: dist.ProcessGroup | None, **settings: Any) -> list[Tensor]:
+        local = [x[rows].to(torch.float16).requires_grad_() for x in dense.pairs(GLOBAL, 40)]
+        losses, found = contrastive_loss(
+            *local, torch.tensor(30.0), reduction="none", group=group, deterministic=True, backend="triton",
+            return_lse=True, **settings,
+        )  # fmt: skip
+        return [losses.detach(), *found.values(), *torch.autograd.grad(losses.sum(), local)]
+
+    for settings in ({}, {"label_smoothing": 0.1}):
+        several, one = run(here, None, **settings), run(slice(None), alone, **settings)
+        assert all(a.equal(b[here]) for a, b in zip(several, one, strict=True)), settings
+
+
+@check
+def drop_ins_after_ddp(rank: int, world: int) -> None:
+    for settings in ({}, {"kind": "sigmoid"}):
+        losses, want = truth(**settings)
+        n = GLOBAL // world
+        for local_loss in (False, True):
+            place = {"rank": rank, "world_size": world}
+            if settings:
+                module: nn.Module = SigLipLoss(**place)
+            else:
+                module = ClipLoss(local_loss=local_loss, gather_with_grad=True, **place)
+
+            def scheme(
+                image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, ids: Tensor, module: nn.Module = module
+            ) -> Tensor:
+                return module(image, text, scale, bias, output_dict=True)["contrastive_loss"]
+
+            loss, got = trained(rank, world, scheme)
+            mean = losses[rank * n : rank * n + n].mean() if settings or local_loss else losses.mean()
+            assert torch.allclose(loss, mean, rtol=1e-11), (settings, local_loss)
+            assert not differences(got, want), (settings, local_loss, differences(got, want))
+    if world > 1:
+        alone = ClipLoss()(*dense.pairs(5, 4, seed=rank), torch.tensor(9.0))  # a world_size of 1: nobody else is asked
+        want_alone = dense.dense_loss(*dense.pairs(5, 4, seed=rank), torch.tensor(9.0)).mean()
+        assert torch.allclose(alone, want_alone)
+        try:
+            ClipLoss(gather_with_grad=True, rank=0, world_size=world + 1)(*dense.pairs(5, 4), torch.tensor(9.0))
+        except ValueError as error:
+            assert f"want rank {rank} of {world}" in str(error), error
+        else:
+            raise AssertionError("a wrong world size was taken")
+
+
+@check
+def gradient_caching_after_ddp(rank: int, world: int) -> None:
+    """Two passes over micro-batches (Gao et al. 2021): features without a graph, loss, features again, its gradient."""
+    _, want = truth()
+    x, y, _ = batch()
+    n = GLOBAL // world
+    x, y = (v[rank * n : rank * n + n] for v in (x, y))
+    model = DistributedDataParallel(Towers())
+    parts = torch.arange(n).split(max(1, n // 3))
+    with torch.no_grad():
+        outputs = [model(x[part], y[part], lambda features: features) for part in parts]
+    image, text = (torch.cat(v).requires_grad_() for v in list(zip(*outputs, strict=True))[:2])
+    scale = outputs[0][2].detach().requires_grad_()
+    loss = contrastive_loss(image, text, scale)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    for k, part in enumerate(parts):
+        last = k == len(parts) - 1
+        with contextlib.nullcontext() if last else model.no_sync():
+            again, again_text, again_scale, bias = model(x[part], y[part], lambda features: features)
+            carried = (again * image.grad[part]).sum() + (again_text * text.grad[part]).sum()
+            (carried + again_scale * (scale.grad if last else 0.0) + 0 * bias).backward()
+    got = {k: p.grad for k, p in model.module.named_parameters()}
+    want = {k: v for k, v in want.items() if k != "logit_bias"}
+    assert not differences({k: got[k] for k in want}, want), differences({k: got[k] for k in want}, want)
 
 
 def main() -> None:

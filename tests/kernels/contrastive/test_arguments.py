@@ -41,6 +41,7 @@ IMAGE, TEXT, SCALE = torch.ones(4, 8), torch.ones(4, 8), torch.tensor(10.0)
             {"duplicates": "mask", "ids": torch.zeros(5, dtype=torch.int64)},
             r"ids is torch.int64 \(5,\) .* want int64 \[4\]",
         ),
+        ({"return_lse": True, "kind": "sigmoid"}, "return_lse is True, want False with kind='sigmoid'"),
         ({"chunk_bytes": 0}, "chunk_bytes is 0, want a positive"),
         ({"backend": "cuda"}, "backend 'cuda' is not one of"),
         ({"group": object()}, "group is given, want torch.distributed initialised"),

@@ -182,31 +182,17 @@ def test_collapsed_features_score_nothing() -> None:
     assert metrics["image_to_text_accuracy"] == 0
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {"deterministic": True, "label_smoothing": 0.1},
-        {"duplicates": "multi_positive", "return_metrics": True},
-        {"kind": "sigmoid", "duplicates": "mask"},
-    ],
-    ids=str,
-)
-def test_is_right_inside_compiled_code(dense: ModuleType, kwargs: dict[str, Any]) -> None:
-    image, text = dense.pairs(12, 8)
-    inputs = [*leaves(image, text)]
-    bias = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True) if kwargs.get("kind") == "sigmoid" else None
-    inputs += [] if bias is None else [bias]
-    ids = torch.arange(12) // 3 if "duplicates" in kwargs else None
-
-    def call(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None) -> Any:
-        return contrastive_loss(image, gather_features(text), scale, logit_bias=bias, ids=ids, **kwargs)
-
-    found, wanted = torch.compile(call, backend="aot_eager")(*inputs), call(*inputs)
-    torch.testing.assert_close(found, wanted)
-    if kwargs.get("return_metrics"):
-        found, wanted = found[0], wanted[0]
-    torch.testing.assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(wanted, inputs))
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_log_sum_exps(dense: ModuleType, backend: str, deterministic: bool) -> None:
+    image, text = (x.float() for x in dense.pairs(30, 12))
+    _, found = contrastive_loss(
+        image, text, torch.tensor(50.0), return_lse=True, deterministic=deterministic, backend=backend
+    )
+    logits = 50 * image.double() @ text.double().T
+    for name, dim in (("image_to_text_lse", 1), ("text_to_image_lse", 0)):
+        assert found[name].dtype == torch.float32 and not found[name].requires_grad
+        torch.testing.assert_close(found[name].double(), logits.logsumexp(dim), rtol=1e-6, atol=1e-5)
 
 
 def test_module_and_handle_equal_the_function(dense: ModuleType) -> None:
