@@ -222,6 +222,9 @@ def gradients(
         strips = torch.empty(1 + split, n, pitch, dtype=dtype, device=t.rows.device)
     sums = []
     classes = _classes(tile)
+    # With ids and a second exponential a tile does not fit into the registers of four warps.
+    exact = dtype == torch.float32 and t.precision == "ieee"
+    more_warps = {"num_warps": 8} if options.compares_ids and not exact else {}
     of_rows, of_columns, flags = _terms(tile, row, column)
     for at in chunks:
         width, tiles = at.stop - at.start, t.row_tiles * t.column_tiles(at.stop - at.start)
@@ -240,8 +243,7 @@ def gradients(
                 DUPLICATES=DUPLICATES.index(options.duplicates),
                 EVEN=t.even,
                 PRECISION=t.precision,
-                # Twice the registers for the second exponential.
-                **t.config | ({"num_warps": max(8, t.config["num_warps"])} if general else {}),
+                **t.config | (more_warps if general else {}),
             )
         if strips is None:
             continue

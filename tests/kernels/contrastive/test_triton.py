@@ -363,3 +363,28 @@ def test_rows_keep_their_places(dense: ModuleType, device: torch.device, determi
     if deterministic:
         for x, y, z in zip(whole, part, straddling, strict=True):
             assert x[70:100].equal(y) and x[100:140].equal(z)
+
+
+def test_one_bad_row_changes_no_other(dense: ModuleType, device: torch.device) -> None:
+    """Bits do not depend on which neighbours need the general path, so neither on the ranks these are on."""
+    from farl_kernels.contrastive import launchers
+    from farl_kernels.contrastive.reference import AxisTerms, Tile
+
+    image, text = (x.to(device, torch.float32) for x in dense.pairs(40, 20))
+    long = image.clone()
+    long[3] *= 30
+    scale = torch.tensor(100.0, device=device)
+    weights = torch.ones(40, device=device)
+
+    def rows(features: Tensor) -> list[Tensor]:
+        tile = Tile(features, text, 0, scale, None, None, None, Options(deterministic=True))
+        row, _ = launchers.statistics(tile, with_columns=False)
+        lses = torch.logaddexp(row["lse"], 100 * (features * text).sum(1).double())
+        terms = AxisTerms(weights, lses), AxisTerms(weights, torch.full_like(lses, 100.0))
+        part = launchers.gradients(tile, *terms, need_rows=True, need_columns=False, need_scalars=False)
+        assert part.rows is not None
+        return [row["lse"], part.rows]
+
+    others = torch.arange(40, device=device) != 3
+    for a, b in zip(rows(image), rows(long), strict=True):
+        assert a[others].equal(b[others]) and a.isfinite().all() and not a[3].equal(b[3])
