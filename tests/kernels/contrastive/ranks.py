@@ -427,10 +427,7 @@ def drop_ins_after_ddp(rank: int, world: int) -> None:
         n = GLOBAL // world
         for local_loss in (False, True):
             place = {"rank": rank, "world_size": world}
-            if settings:
-                module: nn.Module = SigLipLoss(**place)
-            else:
-                module = ClipLoss(local_loss=local_loss, gather_with_grad=True, **place)
+            module = SigLipLoss(**place) if settings else ClipLoss(local_loss, gather_with_grad=True, **place)
 
             def scheme(
                 image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, ids: Tensor, module: nn.Module = module
@@ -441,16 +438,15 @@ def drop_ins_after_ddp(rank: int, world: int) -> None:
             mean = losses[rank * n : rank * n + n].mean() if settings or local_loss else losses.mean()
             assert torch.allclose(loss, mean, rtol=1e-11), (settings, local_loss)
             assert not differences(got, want), (settings, local_loss, differences(got, want))
-    if world > 1:
-        alone = ClipLoss()(*dense.pairs(5, 4, seed=rank), torch.tensor(9.0))  # a world_size of 1: nobody else is asked
-        want_alone = dense.dense_loss(*dense.pairs(5, 4, seed=rank), torch.tensor(9.0)).mean()
-        assert torch.allclose(alone, want_alone)
-        try:
-            ClipLoss(gather_with_grad=True, rank=0, world_size=world + 1)(*dense.pairs(5, 4), torch.tensor(9.0))
-        except ValueError as error:
-            assert f"want rank {rank} of {world}" in str(error), error
-        else:
-            raise AssertionError("a wrong world size was taken")
+    pairs = dense.pairs(5, 4, seed=rank)
+    alone = ClipLoss()(*pairs, torch.tensor(9.0))  # a world_size of 1: nobody else is asked
+    assert torch.allclose(alone, dense.dense_loss(*pairs, torch.tensor(9.0)).mean())
+    try:
+        ClipLoss(gather_with_grad=True, rank=0, world_size=world + 1)(*pairs, torch.tensor(9.0))
+    except ValueError as error:
+        assert f"want rank {rank} of {world}" in str(error), error
+    else:
+        raise AssertionError("a wrong world size was taken")
 
 
 @check
@@ -483,13 +479,8 @@ def gradient_caching_after_ddp(rank: int, world: int) -> None:
 def main() -> None:
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'rendezvous'}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
+    where = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group("gloo", where, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     results = {}
     for name, fn in CHECKS.items():
         error = ""
