@@ -23,6 +23,8 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from farl_kernels.contrastive import ClipLoss, GatheredFeatures, SigLipLoss, contrastive_loss, gather_features
@@ -147,6 +149,23 @@ def parameters_after_ddp(rank: int, world: int) -> None:
 @check
 def parameters_after_ddp_deterministic(rank: int, world: int) -> None:
     _equals_one_process(rank, world, deterministic=True)
+
+
+@check
+def parameters_after_fsdp(rank: int, world: int) -> None:
+    _, want = truth()
+    x, y, ids = batch()
+    rows = slice(rank * (GLOBAL // world), (rank + 1) * (GLOBAL // world))
+    model = Towers()
+    # FSDP shards no scalars: a trainer averages their gradients itself.
+    scalars = {model.logit_scale, model.logit_bias}
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)), ignored_params=scalars)
+    ours()(*model(x[rows], y[rows], gather_features), ids[rows]).backward()
+    assert model.logit_scale.grad is not None
+    dist.all_reduce(model.logit_scale.grad)
+    got = {"logit_scale": model.logit_scale.grad / world, "logit_bias": want["logit_bias"]}
+    got |= {name: getattr(model, name).grad.full_tensor() for name in ("image", "text")}
+    assert not differences(got, want), differences(got, want)
 
 
 @check
