@@ -80,7 +80,9 @@ def qkv_inputs(batch, heads, m, n, dim, dtype, device):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("n", [1, 5, 17, 65])
 def test_lengths(n, causal, kernel_dtype, device, check_error, poisoned):
-    compare(check_error, *qkv_inputs(1, 1, n, n, 32, kernel_dtype, device), causal=causal)
+    # The largest of a few errors is a matter of luck, PyTorch's too: short lengths take more heads.
+    batch, heads = (2, 4) if n < 32 else (1, 1)
+    compare(check_error, *qkv_inputs(batch, heads, n, n, 32, kernel_dtype, device), causal=causal)
 
 
 def test_image_tokens(device, check_error, poisoned):
