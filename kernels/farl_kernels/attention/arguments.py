@@ -1,4 +1,4 @@
-"""How the launchers hand q, k and v [B, N, H, D] of any strides to the kernels."""
+"""What all attention kernels ask of their arguments, and how the launchers hand tensors of any strides to them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from torch import Tensor
 LARGEST_ROW_STRIDE = 2**22
 
 
-def kernel_rows(x: Tensor) -> Tensor:
-    """`x` [B, N, H, D], copied unless its head dim has unit stride and its rows lie at a reasonable distance."""
-    return x if x.stride(3) == 1 and x.stride(1) <= LARGEST_ROW_STRIDE else x.contiguous()
+def refuses_head_dim(head_dim: int) -> str | None:
+    """Why the kernels cannot serve this head dim, or None."""
+    served = head_dim % 8 == 0 and 16 <= head_dim <= 128
+    return None if served else f"head dim {head_dim} is no multiple of 8 from 16 to 128"
+
+
+def kernel_rows(x: Tensor, rows: int = 1) -> Tensor:
+    """`x`, copied unless its last dimension has unit stride and its rows (a dimension) lie at a reasonable distance."""
+    return x if x.stride(-1) == 1 and x.stride(rows) <= LARGEST_ROW_STRIDE else x.contiguous()
 
 
 def kernel_mask(key_mask: Tensor | None) -> Tensor | None:

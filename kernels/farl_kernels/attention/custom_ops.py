@@ -12,6 +12,7 @@ from torch import Tensor
 
 from farl_kernels import launch, library
 from farl_kernels.attention import reference
+from farl_kernels.attention.arguments import refuses_head_dim
 from farl_kernels.attention.packed import custom_ops as packed
 
 # Up to this many, the keys and values of a head are held on chip.
@@ -224,10 +225,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, key_mask: Tensor
 
 def refuses(q: Tensor, *args: Any, **kwargs: Any) -> str | None:
     """Why the kernels cannot serve, or None."""
-    head_dim = q.shape[-1]
-    if head_dim % 8 or head_dim < 16 or head_dim > 128:
-        return f"head dim {head_dim} is no multiple of 8 from 16 to 128"
-    return launch.refuses(q)
+    return refuses_head_dim(q.shape[-1]) or launch.refuses(q)
 
 
 def declines(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> str | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from farl_kernels import launch, library
+from farl_kernels.attention.arguments import refuses_head_dim
 from farl_kernels.attention.packed import reference
 from farl_kernels.precision import accumulation_dtype
 
@@ -99,10 +100,7 @@ def refuses(qkv: Tensor, *, cu_seqlens: Tensor | None, **kwargs: Any) -> str | N
     """Why these kernels cannot serve, or None."""
     if cu_seqlens is None:
         return "these kernels want cu_seqlens"
-    dim = qkv.shape[-1]
-    if dim % 8 or not 16 <= dim <= 128:
-        return f"head dim {dim} is no multiple of 8 from 16 to 128"
-    return launch.refuses(qkv)
+    return refuses_head_dim(qkv.shape[-1]) or launch.refuses(qkv)
 
 
 def declines(qkv: Tensor, **kwargs: Any) -> str | None:

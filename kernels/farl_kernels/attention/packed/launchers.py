@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from farl_kernels import tables
+from farl_kernels.attention.arguments import block_of, kernel_rows
 from farl_kernels.attention.packed import kernels
 from farl_kernels.launch import launch
 from farl_kernels.precision import dot_precision
@@ -30,7 +31,7 @@ def forward(
     tokens, _, heads, dim = qkv.shape
     out = qkv.new_empty(tokens, heads, dim)
     lse = qkv.new_empty(heads, tokens, dtype=torch.float32)
-    qkv = _dense_rows(qkv)
+    qkv = kernel_rows(qkv, 0)
     config = tables.lookup(OP, "forward", bucket(qkv, max_seqlen), qkv.device)
     launch(
         kernels.attention_packed_forward_kernel,
@@ -67,7 +68,7 @@ def backward(
     """See :func:`farl_kernels.attention.packed.reference.backward`."""
     tokens, _, heads, dim = qkv.shape
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    qkv, grad = _dense_rows(qkv), _dense_rows(grad)
+    qkv, grad = kernel_rows(qkv, 0), kernel_rows(grad, 0)
     config = tables.lookup(OP, "backward", bucket(qkv, max_seqlen), qkv.device)
     tiles = triton.cdiv(tokens, config["BLOCK_M"])
     sums = qkv.new_empty(tiles, 2, heads, dim, dtype=torch.float32) if bias_grad else None
@@ -106,18 +107,9 @@ def _constants(qkv: Tensor, cu_seqlens: Tensor, causal: bool) -> dict[str, objec
     steps = bits if qkv.dtype == torch.float32 else bits // 2
     return {
         "D": qkv.shape[-1],
-        "BLOCK_D": _padded(qkv.shape[-1]),
+        "BLOCK_D": block_of(qkv.shape[-1]),
         "MARKS": 1 << bits - steps,
         "STEPS": steps,
         "CAUSAL": causal,
         "PRECISION": dot_precision(qkv.dtype),
     }
-
-
-def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    # Inside a tile, offsets are 32 bits wide and the last dimension is dense.
-    return x if x.stride(-1) == 1 and x.stride(0) < 2**23 else x.contiguous()

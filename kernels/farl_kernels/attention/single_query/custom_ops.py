@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from farl_kernels import launch, library
+from farl_kernels.attention.arguments import refuses_head_dim
 from farl_kernels.attention.single_query import reference
 from farl_kernels.precision import accumulation_dtype
 
@@ -79,10 +80,7 @@ def attention_single_query(
 
 def refuses(q: Tensor, kv: Tensor, **kwargs: Any) -> str | None:
     """Why these kernels cannot serve, or None."""
-    dim = q.shape[-1]
-    if dim % 8 or not 16 <= dim <= 128:
-        return f"head dim {dim} is no multiple of 8 from 16 to 128"
-    return launch.refuses(q)
+    return refuses_head_dim(q.shape[-1]) or launch.refuses(q)
 
 
 def declines(q: Tensor, kv: Tensor, **kwargs: Any) -> str | None:

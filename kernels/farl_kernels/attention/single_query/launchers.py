@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from farl_kernels import tables
+from farl_kernels.attention.arguments import block_of, kernel_rows
 from farl_kernels.attention.single_query import kernels
 from farl_kernels.launch import launch
 
@@ -25,7 +25,7 @@ def forward(q: Tensor, kv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int, s
     """See :func:`farl_kernels.attention.single_query.reference.forward`."""
     sequences, heads, dim = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(sequences, heads, dtype=torch.float32)
-    q, kv = _dense_rows(q), _dense_rows(kv)
+    q, kv = kernel_rows(q, 0), kernel_rows(kv, kv.ndim - 4)
     k, v = kv.unbind(-3)
     launch(
         kernels.attention_single_query_forward_kernel,
@@ -45,7 +45,7 @@ def forward(q: Tensor, kv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int, s
         heads,
         scale,
         D=dim,
-        BLOCK_D=_padded(dim),
+        BLOCK_D=block_of(dim),
         **tables.lookup(OP, "forward", bucket(kv, max_seqlen), kv.device),
     )
     return out, lse
@@ -67,7 +67,7 @@ def backward(
     dq, dkv = q.new_empty(q.shape), kv.new_empty(kv.shape) if wants_kv else None
     if sequences == 0:
         return dq, kv.new_empty(0) if dkv is None else dkv.zero_()
-    q, kv, grad = _dense_rows(q), _dense_rows(kv), _dense_rows(grad)
+    q, kv, grad = kernel_rows(q, 0), kernel_rows(kv, kv.ndim - 4), kernel_rows(grad, 0)
     k, v = kv.unbind(-3)
     launch(
         kernels.attention_single_query_backward_kernel,
@@ -94,16 +94,7 @@ def backward(
         heads,
         scale,
         D=dim,
-        BLOCK_D=_padded(dim),
+        BLOCK_D=block_of(dim),
         **tables.lookup(OP, "backward", bucket(kv, max_seqlen), kv.device),
     )
     return dq, kv.new_empty(0) if dkv is None else dkv
-
-
-def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    # Inside a block, offsets are 32 bits wide and the last dimension is dense.
-    return x if x.stride(-1) == 1 and x.stride(max(0, x.ndim - 4)) < 2**23 else x.contiguous()
