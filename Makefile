@@ -11,17 +11,17 @@ train: .venv/installed-train
 	$(BIN)/torchrun -m farl.train quickstart
 
 test: .venv/installed-dev
+	$(BIN)/python -m farl_kernels.aot --check --quiet
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu' -n 2 --dist worksteal --durations 15
-	$(BIN)/python -m farl_kernels.aot --check
 
 test-full: .venv/installed-dev
+	$(BIN)/python -m farl_kernels.aot --check --quiet
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n 2 --dist worksteal --durations 30
-	$(BIN)/python -m farl_kernels.aot --check
 
 # The ops with the oldest torch, triton and numpy that are supported, in an environment of their own.
 test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m farl_kernels.aot --check --quiet
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/kernels -m 'not slow and not gpu' -n 2 --dist worksteal
-	.venv-oldest/bin/python -m farl_kernels.aot --check
 
 bench: .venv/installed-dev
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr --benchmark-sort=median

@@ -76,6 +76,9 @@ def test_shipped_kernels_of_one_entry(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     assert "token_loss.total.any/token_loss_total_kernel sm_80" in found.stdout
 
+    quiet = run(*wanted, "--quiet")
+    assert quiet.returncode == 0 and "token_loss_total_kernel" not in quiet.stdout and "2 kernels in" in quiet.stdout
+
     # A table that the environment names is what is compiled.
     table = {"total": {"any": {"BLOCK": 2048, "num_warps": 1, "num_stages": 1}}}
     (tmp_path / "token_loss.json").write_text(json.dumps(table))

@@ -55,19 +55,20 @@ def main(arguments: list[str] | None = None) -> int:
             failed.append(f"{build.architecture} {build.name}: {found}")
             continue
         measured.append((build, found))
-        print(
-            f"{build.name:{width}} {build.architecture} {build.num_warps:5} {build.options['num_stages']:6} "
-            f"{found.registers:4} {found.spills:6} {found.stack:5} {found.shared / 1024:6.1f}K {found.blocks_per_sm:4} "
-            f"{found.hgmma:5} {found.hmma:5} {found.ldgsts:6} {found.tma:4} "
-            f"{f'{found.wide_loads}/{found.loads}':>8}",
-            flush=True,
-        )
         reasons: list[str] = []
         if options.check or options.update:
             reasons += check.over_limits(build, found, budgets)
         if options.check and budgets is not None:
             reasons += check.over_budget(build, found, budgets)
         failed += [f"{build.architecture} {build.name}: {reason}" for reason in reasons]
+        if reasons or not options.quiet:
+            print(
+                f"{build.name:{width}} {build.architecture} {build.num_warps:5} {build.options['num_stages']:6} "
+                f"{found.registers:4} {found.spills:6} {found.stack:5} {found.shared / 1024:6.1f}K "
+                f"{found.blocks_per_sm:4} {found.hgmma:5} {found.hmma:5} {found.ldgsts:6} {found.tma:4} "
+                f"{f'{found.wide_loads}/{found.loads}':>8}",
+                flush=True,
+            )
     print(f"{len(measured)} kernels in {time.perf_counter() - started:.0f} s")
     if options.json:
         rows = [
@@ -94,6 +95,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", action="append", choices=tables.architectures(), help="default: all with tables")
     parser.add_argument("--check", action="store_true", help="fail on spills, limits and budgets")
     parser.add_argument("--update", action="store_true", help="make what is measured the budget; limits still fail")
+    parser.add_argument("--quiet", action="store_true", help="print the rows of failing kernels alone")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows here too")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
     parser.add_argument("--budgets", type=Path, help="folder of budgets, instead of the package's")
