@@ -69,8 +69,18 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> str:
     raise AssertionError(f"{path.name} did not come: {process.communicate()[0]}")
 
 
-@pytest.mark.parametrize("target", ["launcher", "one rank"])
-@pytest.mark.parametrize("phase", ["start", "step", "evaluation", "saving"])
+# Each phase and each target in `make test`, all their combinations in `make test-full`.
+QUICK = {("start", "one rank"), ("step", "launcher"), ("evaluation", "one rank"), ("saving", "launcher")}
+
+
+@pytest.mark.parametrize(
+    ("phase", "target"),
+    [
+        pytest.param(phase, target, marks=() if (phase, target) in QUICK else pytest.mark.slow)
+        for phase in ("start", "step", "evaluation", "saving")
+        for target in ("launcher", "one rank")
+    ],
+)
 def test_sigterm_saves_and_the_same_command_goes_on(
     phase: str,
     target: str,

@@ -47,7 +47,7 @@ def runs() -> dict[int, tuple[list[Any], list[Any]]]:
     return {}
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("processes", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_samples_and_losses_do_not_depend_on_the_number_of_processes(
     processes: int,
     runs: dict[int, tuple[list[Any], list[Any]]],
