@@ -11,7 +11,7 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 
 MAGIC = b"FARLARR1"
 _ALIGN = 64
-_DTYPES = frozenset({"|u1", "<u4", "<i4", "<i8"})
+_DTYPES = frozenset({"|u1", "<u4", "<i4", "<i8", "<f4"})
 # Smaller files are checked in full when opened; larger ones by header and length alone, to keep opening fast.
 _CHECK_BYTES = 64 << 20
 
@@ -28,19 +28,30 @@ class ArrayFileError(ValueError):
     """The file is not what `write` made; the message says how."""
 
 
-def write(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+def write(
+    path: Path,
+    meta: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray[Any, Any] | Sequence[np.ndarray[Any, Any]]],
+) -> None:
     """Writes `meta` (plain JSON values) and one-dimensional arrays; readers see the old file or the new, never half.
+
+    An array may be given as pieces of one dtype, at least one, which are written one after the other; so an array that
+    lies in several files is not gathered in memory.
 
     Raises:
         OSError: the folder cannot be written.
     """
     table: dict[str, Any] = {}
     offset = 0
-    flat = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    for label, array in flat.items():
-        assert array.ndim == 1 and array.dtype.str in _DTYPES, (label, array.dtype)
-        table[label] = [array.dtype.str, len(array), offset, zlib.crc32(array.view(np.uint8).data)]
-        offset = _aligned(offset + array.nbytes)
+    pieces = {name: [array] if isinstance(array, np.ndarray) else list(array) for name, array in arrays.items()}
+    for label, parts in pieces.items():
+        dtype, checksum = parts[0].dtype, 0
+        assert dtype.str in _DTYPES, (label, dtype)
+        for part in parts:
+            assert part.ndim == 1 and part.dtype == dtype, (label, part.dtype)
+            checksum = zlib.crc32(_raw(part), checksum)
+        table[label] = [dtype.str, sum(map(len, parts)), offset, checksum]
+        offset = _aligned(offset + sum(part.nbytes for part in parts))
     header = json.dumps({"meta": meta, "arrays": table, "bytes": offset}).encode()
     # A name of its own for every writer: ranks that build the same index at once do not meet.
     fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -50,9 +61,10 @@ def write(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray[A
             file.write(MAGIC + struct.pack("<QQ", len(header), zlib.crc32(header)) + header)
             _pad(file)
             start = file.tell()
-            for label, array in flat.items():
+            for label, parts in pieces.items():
                 assert file.tell() - start == table[label][2]
-                file.write(array.view(np.uint8).data)
+                for part in parts:
+                    file.write(_raw(part))
                 _pad(file)
             file.flush()
             os.fsync(file.fileno())
@@ -95,6 +107,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
             raise ArrayFileError(f"array {name} is damaged")
         arrays[name] = raw.view(dtype)
     return parsed["meta"], arrays
+
+
+def _raw(array: np.ndarray[Any, Any]) -> memoryview:
+    return np.ascontiguousarray(array).view(np.uint8).data
 
 
 def _aligned(offset: int) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 WINDOW = 10_000
 MIN_BAD = 20
 LOG_EVERY = 1000
+MAX_MESSAGE = 500
 # Why an image cannot be decoded.
 CAUSES = ("empty", "not_an_image", "truncated", "corrupt", "too_many_pixels", "unsupported")
 
@@ -56,7 +57,7 @@ class BadSampleLedger:
             self.by_shard[shard] += 1
             total = self.by_cause.total()
             if total == 1 or total % LOG_EVERY == 0:
-                logger.warning("bad sample no. %d (%s) in %s: %s", total, cause, shard, message)
+                logger.warning("bad sample no. %d (%s) in %s: %s", total, cause, *map(one_line, (shard, message)))
 
     def check(self) -> None:
         """Raises BadDataError if the recent share of bad samples exceeds the allowed fraction."""
@@ -81,9 +82,16 @@ def exceeds(bad: int, tried: int, max_fraction: float) -> bool:
     return bad >= (1 if max_fraction == 0 else MIN_BAD) and bad > max_fraction * tried
 
 
+def one_line(text: str) -> str:
+    """Text that data had a part in (keys, what a parser quotes), bounded and without line breaks or escape codes."""
+    text = text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def _error(bad: int, tried: int, allowed: float, causes: Counter[str], shards: Counter[str], what: str) -> BadDataError:
     reasons = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
     worst, count = shards.most_common(1)[0]
+    worst = one_line(worst)
     return BadDataError(
         f"{bad} of {tried} of {what} are bad ({bad / tried:.1%}, allowed {allowed:.1%}): {reasons}; "
         f"worst shard {worst} ({count}). Repair or leave out that shard, or allow more with max_bad_fraction."

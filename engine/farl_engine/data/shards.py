@@ -22,13 +22,22 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from farl_engine.data import exclusions
 from farl_engine.data.tar_members import TarWalkError, walk_members
 
 IMAGE_EXTENSIONS = frozenset({b"jpg", b"jpeg", b"png", b"webp", b"bmp", b"gif", b"tif", b"tiff"})
 FLAG_JSON_CAPTION = 1
 
+# Members that no honest sample has are not read into memory: images of more than four bytes for each pixel that the
+# decoder allows, metadata of more than a megabyte. Of a longer text, only its beginning is the caption.
+MAX_IMAGE_BYTES = 1 << 27
+MAX_JSON_BYTES = 1 << 20
+MAX_TEXT_BYTES = 1 << 16
+
 # Why a sample is left out of the index; the other causes in `ShardScan.problems` are of whole shards.
-SAMPLE_CAUSES = frozenset({"missing_image", "missing_caption", "empty_image", "duplicate_key", "unknown_extension"})
+SAMPLE_CAUSES = frozenset(
+    {"missing_image", "missing_caption", "empty_image", "oversized_image", "duplicate_key", "unknown_extension"}
+)
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -60,10 +69,14 @@ def scan_shard(path: Path) -> ShardScan:
     """Finds the samples of one shard; never raises for what is in the shard, see `problems`.
 
     A sample is an image and a caption: `.txt`, or where there is none the "caption" of `.json`. Left out and counted
-    by cause: missing_image, missing_caption (also when its file is empty), empty_image, unknown_extension (neither
-    image nor caption under that key), duplicate_key (the first image and caption of a key win). Of whole shards:
+    by cause: missing_image, missing_caption (also when its file is empty, or .json has more than MAX_JSON_BYTES),
+    empty_image, oversized_image (more than MAX_IMAGE_BYTES), unknown_extension (neither image nor caption under that
+    key), duplicate_key (the first image and caption of a key win). Of whole shards:
     empty_shard, truncated_shard and corrupt_shard (the readable part is used), not_a_tar, compressed_shard,
-    unreadable_shard.
+    unreadable_shard. Samples on the shard's exclusion list (see exclusions.py) count as filtered, not as bad.
+
+    Raises:
+        ValueError: the exclusion list is damaged.
     """
     # key -> [image offset, size, text offset, size, json offset, size]; -1 where absent.
     found: dict[bytes, list[int]] = {}
@@ -75,8 +88,7 @@ def scan_shard(path: Path) -> ShardScan:
         try:
             for name, offset, size in walk_members(fd):
                 parts = split_key(name)
-                # The index keeps sizes in 32 bits; no image needs more.
-                if parts is None or size >> 32:
+                if parts is None:
                     continue
                 key, extension = parts
                 entry = found.get(key)
@@ -85,8 +97,8 @@ def scan_shard(path: Path) -> ShardScan:
                 if extension in IMAGE_EXTENSIONS:
                     slot, extra = 0, extra_images
                 elif extension == b"txt":
-                    slot, extra = 2, extra_captions
-                elif extension == b"json":
+                    slot, extra, size = 2, extra_captions, min(size, MAX_TEXT_BYTES)
+                elif extension == b"json" and size <= MAX_JSON_BYTES:
                     slot, extra = 4, None
                 else:
                     continue
@@ -103,6 +115,9 @@ def scan_shard(path: Path) -> ShardScan:
         problems["unreadable_shard"] += 1
         logger.warning("%s: cannot be read: %s", path, error)
 
+    for key in exclusions.read_exclusions(path):
+        problems[exclusions.CAUSE] += found.pop(key, None) is not None
+    problems = +problems
     keys: list[bytes] = []
     rows: list[tuple[int, int, int, int, int]] = []
     for key, (image, image_size, text, text_size, meta, meta_size) in found.items():
@@ -116,6 +131,8 @@ def scan_shard(path: Path) -> ShardScan:
             problems["missing_caption"] += 1
         elif image_size == 0:
             problems["empty_image"] += 1
+        elif image_size > MAX_IMAGE_BYTES:
+            problems["oversized_image"] += 1
         else:
             keys.append(key)
             rows.append((image, image_size, caption, caption_size, FLAG_JSON_CAPTION * use_json))
@@ -139,7 +156,7 @@ def expand_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
         raise ValueError("no shards given: name at least one tar file or pattern")
     found: dict[str, Path] = {}
     for pattern in patterns:
-        for name in _expand_braces(os.fspath(pattern)):
+        for name in expand_braces(os.fspath(pattern)):
             path = Path(name)
             if path.is_dir():
                 matches = [str(entry) for entry in path.glob("*.tar")]
@@ -151,7 +168,7 @@ def expand_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     return [found[name] for name in sorted(found)]
 
 
-def _expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
     match = _BRACES.search(pattern)
     if match is None:
         return [pattern]
@@ -162,7 +179,7 @@ def _expand_braces(pattern: str) -> list[str]:
     return [
         name
         for number in numbers
-        for name in _expand_braces(f"{pattern[: match.start()]}{number:0{len(first)}}{pattern[match.end() :]}")
+        for name in expand_braces(f"{pattern[: match.start()]}{number:0{len(first)}}{pattern[match.end() :]}")
     ]
 
 

@@ -83,6 +83,12 @@ def walk_members(fd: int) -> Iterator[Member]:
             elif kind in b"123456":
                 # Links, devices, folders and fifos carry no data, whatever their size field says.
                 size = 0
+            elif kind == b"S":
+                # GNU's map of a sparse file goes on in blocks of its own, ahead of the bytes.
+                more = header[482]
+                while more and data + BLOCK <= end:
+                    more = os.pread(fd, BLOCK, data)[504]
+                    data += BLOCK
             # Records of K (long link) and g (global pax) headers describe other members, so names read so far stay.
             if kind not in (b"K", b"g"):
                 long_name, pax = None, {}

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farl_engine.data import ShardIndex, shard_files
+from farl_engine.data import ShardIndex, array_file, shard_files
 
 
 def cache_files(folder: Path) -> list[Path]:
@@ -95,7 +95,7 @@ def test_the_index_is_kept_beside_the_shards(tmp_path, make_shards, monkeypatch)
     def no_scan(path):
         raise AssertionError("scanned although an index is kept")
 
-    monkeypatch.setattr("farl_engine.data.index.scan_shard", no_scan)
+    monkeypatch.setattr("farl_engine.data.index_scan.scan_shard", no_scan)
     again = ShardIndex.build(str(tmp_path / "*.tar"))
     assert contents(again) == contents(index)
     # Other shards of the folder have an index of their own.
@@ -133,6 +133,8 @@ def test_a_damaged_index_is_rebuilt(tmp_path, make_shards, caplog, place):
     else:
         content[place] ^= 0x10
     # The last byte may be padding, which no check needs to cover; then the index is simply used.
+    # A new file: `index` reads from the old one.
+    cache.unlink()
     cache.write_bytes(content)
     again = ShardIndex.build(paths)
     assert contents(again) == contents(index) and again.fingerprint == index.fingerprint
@@ -168,6 +170,21 @@ def test_the_fingerprint_is_of_the_data_alone(tmp_path, make_shards, tools):
     assert ShardIndex.build(copy).fingerprint == index.fingerprint
     tools[2](copy / "more.tar", [("x.jpg", b"1"), ("x.txt", b"c")])
     assert ShardIndex.build(copy).fingerprint != index.fingerprint
+
+
+def test_checkpoints_of_earlier_versions_find_their_data(tmp_path, tools, caplog):
+    """They hold this fingerprint; beside the shards lies an index of another version, which is replaced in silence."""
+    tools[2](
+        tmp_path / "s-0.tar",
+        [("a/é.jpg", b"12345"), ("a/é.txt", b"words"), ("b.png", b"1" * 700), ("b.json", b'{"caption": "x"}')],
+    )
+    tools[2](tmp_path / "s-1.tar", [("c.jpg", b"1"), ("c.txt", b"c"), ("d.jpg", b"")])
+    ShardIndex.build(tmp_path)
+    (cache,) = cache_files(tmp_path)
+    meta, arrays = array_file.read(cache)
+    array_file.write(cache, {**meta, "version": 1, "fingerprint": "old"}, arrays)
+    assert ShardIndex.build(tmp_path).fingerprint == "3d4c587b7520635b5499237a8de29004"
+    assert not caplog.text and cache_files(tmp_path) == [cache]
 
 
 def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path, make_shards, caplog, monkeypatch):
@@ -266,6 +283,22 @@ def test_concatenated_indexes(tmp_path, make_shards):
         "a-0001.tar",
     ]
     assert both.fingerprint not in (first.fingerprint, second.fingerprint)
+    assert both.parts == [second, first] and first.parts == [first]
+    # Together they keep as many files open as one alone.
+    assert first._files.max_open == second._files.max_open == shard_files.ShardFiles([]).max_open // 2
+    for i in (-1, 7):
+        with pytest.raises(IndexError):
+            both.read(i)
+
+
+def test_problems_of_concatenated_indexes(tmp_path, make_shards, tools):
+    good = ShardIndex.build(make_shards([2, 1]))
+    tools[2](tmp_path / "bad.tar", [("a.jpg", b"1"), ("b.jpg", b"1"), ("b.txt", b"c")])
+    both = ShardIndex.concatenate([good, ShardIndex.build(tmp_path / "bad.tar")])
+    assert both.problems == {"missing_caption": 1} and both.excluded_by_shard == {"bad.tar": 1} and both.excluded == 1
+    # One shard in two sources of a mix: its samples count twice, and so do those that it lacks.
+    twice = ShardIndex.concatenate([ShardIndex.build(tmp_path / "bad.tar") for _ in range(2)])
+    assert len(twice) == 2 and twice.problems == {"missing_caption": 2} and twice.excluded == 2
 
 
 def open_files() -> int:
@@ -310,6 +343,48 @@ def test_a_shard_that_vanishes_is_retried_and_then_given_up(tmp_path, make_shard
         index.read(3)
     assert len(sleeps) == 3
     assert index.read(0)[1] == b"caption 0"
+    # Later it is tried once more, without patience.
+    now = shard_files.time.monotonic()
+    monkeypatch.setattr(shard_files.time, "monotonic", lambda: now + 40)
+    with pytest.raises(FileNotFoundError):
+        index.read(3)
+    assert len(sleeps) == 3
+
+
+def test_a_shard_that_vanishes_while_it_is_open_stays_readable(tmp_path, make_shards):
+    paths = make_shards([2, 2])
+    index = ShardIndex.build(paths)
+    index.read(2)
+    paths[1].unlink()
+    assert index.read(3)[1] == b"caption 3"
+
+
+def test_a_slow_open_does_not_hold_up_other_shards(make_shards, monkeypatch):
+    paths = make_shards([1, 1], side=8)
+    index = ShardIndex.build(paths)
+    opening, go_on = threading.Event(), threading.Event()
+    real = os.open
+
+    def slow(path, *args, **kwargs):
+        if path == paths[1]:
+            opening.set()
+            assert go_on.wait(10)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(shard_files.os, "open", slow)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(index.read, 1) for _ in range(2)]
+        assert opening.wait(10)
+        assert index.read(0)[1] == b"caption 0"
+        go_on.set()
+        assert [future.result()[1] for future in waiting] == [b"caption 1"] * 2
+    assert len(index._files._open) == 2
+
+
+def test_as_many_files_stay_open_as_the_limit_allows(monkeypatch):
+    for limit, allowed in ((1024, 256), (1 << 20, 16_384), (20, 16), (shard_files.resource.RLIM_INFINITY, 16_384)):
+        monkeypatch.setattr(shard_files.resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        assert shard_files.ShardFiles([]).max_open == allowed
 
 
 def test_a_shard_that_comes_back_is_read(tmp_path, make_shards, monkeypatch):
