@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
@@ -10,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from farl_engine import stop
 
 T = TypeVar("T")
 
@@ -88,6 +94,51 @@ def barrier(world: World) -> None:
     """Wait on the host until every rank has come this far."""
     if world.control is not None:
         dist.barrier(group=world.control)
+
+
+def in_turns(world: World, work: Callable[[], T], *, turn: int) -> T:
+    """Run `work` on the ranks whose `turn` is 0, then on those whose turn is 1, and so on; return this rank's result.
+
+    Waiting ranks wait as long as it takes: the time-out of collectives does not count. A stop signal to any rank is
+    passed on to all, which leave together with code 0 once the work under way has heeded it (see `stop.requested`).
+    """
+    if world.control is None:
+        return work()
+    turns = torch.tensor([turn])
+    dist.all_reduce(turns, op=dist.ReduceOp.MAX, group=world.control)
+    outcome: list[T | BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:
+            outcome.append(error)
+
+    for number in range(int(turns) + 1):
+        thread = threading.Thread(target=run, daemon=True) if number == turn else None
+        if thread is not None:
+            thread.start()
+        pause, working = 0.01, 1
+        while working:
+            if thread is not None:
+                thread.join(pause)
+            else:
+                time.sleep(pause)
+            pause = min(1.5 * pause, 1.0)
+            alive, stopped_by = thread is not None and thread.is_alive(), stop.requested()
+            if outcome and isinstance(outcome[0], BaseException) and stopped_by is None:
+                raise outcome[0]
+            ballot = torch.tensor([alive, signal.Signals[stopped_by] if stopped_by else 0])
+            dist.all_reduce(ballot, op=dist.ReduceOp.MAX, group=world.control)
+            working, heard = ballot.tolist()
+            if heard:
+                stop.heard_elsewhere(signal.Signals(heard).name)
+                if thread is not None:
+                    thread.join()
+                raise outcome[0] if outcome and isinstance(outcome[0], BaseException) else SystemExit(0)
+    result = outcome[0]
+    assert not isinstance(result, BaseException)
+    return result
 
 
 def say(world: World, text: str) -> None:

@@ -18,6 +18,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_SECONDS = 1.0
 
 _first: tuple[str, float] | None = None
+# A signal that another process of the run got: no first one here, so that one of our own is not taken for a second.
+_elsewhere: str | None = None
 
 
 def install() -> None:
@@ -27,14 +29,20 @@ def install() -> None:
 
 
 def requested() -> str | None:
-    """Name of the signal that asked this process to stop, or None."""
-    return _first[0] if _first else None
+    """Name of the signal that asked this process, or another one of the run, to stop, or None."""
+    return _first[0] if _first else _elsewhere
+
+
+def heard_elsewhere(name: str) -> None:
+    """Note that another process of the run was asked to stop by signal `name`."""
+    global _elsewhere
+    _elsewhere = name
 
 
 def reset() -> None:
     """Forget a request (for tests and for programs that train more than once)."""
-    global _first
-    _first = None
+    global _first, _elsewhere
+    _first = _elsewhere = None
 
 
 def _handle(number: int, frame: FrameType | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,21 +105,20 @@ class SampleOrder:
 class MixedOrder:
     """Several sources in given proportions; each source keeps its own order on its own counter.
 
-    The stream is cut into blocks of 65,536 positions. In each block source k gets a fixed number of positions (its
-    weight, rounded by largest remainder, at least one), placed by a keyed permutation, so proportions are exact over
-    a block and random within it. Source k's ids start at the sum of the sizes of the sources before it, which is how
-    `ShardIndex.concatenate` numbers them.
+    The stream repeats a pattern of at most 65,536 positions in which source k has a whole number of them in proportion
+    to its weight (exactly where the weights are small whole numbers, else rounded, at least one), at equal distances.
+    So in any stretch of the stream every source is within a few samples of its share. Source k's ids start at the sum
+    of the sizes of the sources before it, which is how `ShardIndex.concatenate` numbers them.
 
     Args:
         orders: one order a source; all with the same global batch.
         weights: positive share of each source; None takes the sources' sizes.
-        seed: of the placement only; the orders have their own seeds.
 
     Raises:
         ValueError: no orders, unequal global batches, or weights that do not fit.
     """
 
-    def __init__(self, orders: Sequence[SampleOrder], weights: Sequence[float] | None = None, seed: int = 0) -> None:
+    def __init__(self, orders: Sequence[SampleOrder], weights: Sequence[float] | None = None) -> None:
         if not orders:
             raise ValueError("orders must hold at least one SampleOrder")
         if len({order.global_batch for order in orders}) > 1:
@@ -129,10 +128,10 @@ class MixedOrder:
             raise ValueError(f"weights must be {len(orders)} positive numbers, got {weights}")
         self.orders = list(orders)
         self.weights = weights
-        self.seed = seed
         self.global_batch = orders[0].global_batch
         self.num_samples = sum(order.num_samples for order in orders)
-        self._slots = _apportion(weights, _MIX_BLOCK)
+        self._slots = _apportion(weights)
+        self._pattern, self._rank = _pattern(self._slots)
         self._id_offsets = np.cumsum([0] + [order.num_samples for order in orders])[:-1]
 
     def ids(self, step: int) -> NDArray[np.int64]:
@@ -158,40 +157,38 @@ class MixedOrder:
         return ids, views
 
     def _place(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        source, counter = np.empty_like(positions), np.empty_like(positions)
-        blocks, within = np.divmod(positions, _MIX_BLOCK)
-        for block in np.unique(blocks):
-            here = blocks == block
-            block_source, block_rank = _mixed_block(self.seed, int(block), self._slots)
-            source[here] = block_source[within[here]]
-            counter[here] = block_rank[within[here]] + block * np.asarray(self._slots)[source[here]]
-        return source, counter
+        """The source of each position, and how many positions before it have the same source."""
+        repeats, within = np.divmod(positions, len(self._pattern))
+        source = self._pattern[within]
+        return source, self._rank[within] + repeats * self._slots[source]
 
 
-@lru_cache(maxsize=8)
-def _mixed_block(seed: int, block: int, slots: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The source of each position of a block, and how many positions before it in the block have the same source."""
-    keys = np.broadcast_to(combine(seed, block), (_MIX_BLOCK,))
-    shuffled = permute(np.arange(_MIX_BLOCK, dtype=np.uint64), _MIX_BLOCK, keys).astype(np.int64)
-    source = np.searchsorted(np.cumsum(slots), shuffled, side="right")
-    rank = np.empty_like(source)
-    for k, count in enumerate(slots):
-        rank[source == k] = np.arange(count)
-    return source, rank
+def _pattern(slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The source of each position of the pattern, and its number among the positions of that source."""
+    rank = np.concatenate([np.arange(count) for count in slots])
+    source = np.repeat(np.arange(len(slots)), slots)
+    # Sample j of n stands at (j + 1/2) / n of the way; the largest source goes first where two meet.
+    order = np.lexsort((source, -slots[source], (rank + 0.5) / slots[source]))
+    return source[order], rank[order]
 
 
-def _apportion(weights: Sequence[float], total: int) -> tuple[int, ...]:
-    """Whole slots in proportion to `weights`, by largest remainder, at least one each."""
-    if len(weights) > total:
-        raise ValueError(f"at most {total} sources can be mixed, got {len(weights)}")
-    spare = total - len(weights)
-    exact = np.asarray(weights, np.float64) / math.fsum(weights) * total - 1
-    exact = np.maximum(exact, 0)
-    exact *= spare / max(exact.sum(), 1e-300)
-    slots = np.floor(exact).astype(np.int64)
-    largest = np.argsort(slots - exact, kind="stable")[: spare - int(slots.sum())]
-    slots[largest] += 1
-    return tuple(int(s) + 1 for s in slots)
+def _apportion(weights: Sequence[float]) -> NDArray[np.int64]:
+    """Whole slots in proportion to `weights`, at most 65,536 together; by largest remainder where they must round."""
+    if len(weights) > _MIX_BLOCK:
+        raise ValueError(f"at most {_MIX_BLOCK} sources can be mixed, got {len(weights)}")
+    # As they are written, so that 0.7 and 0.3 are 7 and 3.
+    exact = [Fraction(repr(float(weight))) for weight in weights]
+    scale = math.lcm(*(weight.denominator for weight in exact))
+    whole = [int(weight * scale) for weight in exact]
+    divisor = math.gcd(*whole)
+    if sum(whole) // divisor <= _MIX_BLOCK:
+        return np.array([count // divisor for count in whole], np.int64)
+    spare = _MIX_BLOCK - len(weights)
+    wanted = np.maximum(np.asarray(weights, np.float64) / math.fsum(weights) * _MIX_BLOCK - 1, 0)
+    wanted *= spare / max(wanted.sum(), 1e-300)
+    slots = np.floor(wanted).astype(np.int64)
+    slots[np.argsort(slots - wanted, kind="stable")[: spare - int(slots.sum())]] += 1
+    return slots + 1
 
 
 def step_positions(step: int, global_batch: int) -> NDArray[np.int64]:
