@@ -8,7 +8,9 @@ the same picture, and nothing of them needs saving.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -46,6 +48,15 @@ def uniforms(seed: int, ids: ArrayLike, views: ArrayLike, count: int, stream: in
     """
     rows = combine(seed, stream, ids, views)
     return unit_floats(combine(rows.view(np.int64)[:, None], np.arange(count)))
+
+
+class Plan(Protocol):
+    """What decoders and the loader need of a `CropPlan`."""
+
+    def parameters(self, seed: int, ids: ArrayLike, views: ArrayLike) -> NDArray[np.float64]: ...
+    def box(self, parameters: ArrayLike | None, width: int, height: int) -> tuple[int, int, int, int]: ...
+    def flips(self, parameters: ArrayLike | None) -> bool: ...
+    def jitter(self, parameters: ArrayLike | None) -> tuple[float, float, float] | None: ...
 
 
 @dataclass(frozen=True)
@@ -97,12 +108,12 @@ class CropPlan:
             parameters: one row of `parameters`, or None for the central crop.
             width, height: of the upright image, at least 1.
         """
-        numbers = None if parameters is None else np.asarray(parameters).tolist()
-        box = None if numbers is None else self._random_box(numbers, width, height)
-        x0, y0, w, h = box or self._central_box(width, height)
-        grid = self._grid(min(w, h))
-        x0, y0, x1, y1 = (edge // grid * grid for edge in (x0, y0, x0 + w, y0 + h))
-        return x0, y0, x1, y1
+        if parameters is not None:
+            numbers = np.asarray(parameters).tolist()
+            for w, h in self._sizes(numbers, width, height):
+                return self._on_grid(int(numbers[_LEFT] * (width - w + 1)), int(numbers[_TOP] * (height - h + 1)), w, h)
+        w, h = self._largest_size(width, height)
+        return self._on_grid((width - w) // 2, (height - h) // 2, w, h)
 
     def flips(self, parameters: ArrayLike | None) -> bool:
         """Whether the crop is mirrored left to right."""
@@ -112,11 +123,12 @@ class CropPlan:
         """Factors of brightness, contrast and saturation, or None for none."""
         if parameters is None or not self.color_jitter:
             return None
-        spread = 2 * np.asarray(parameters)[_CROP_NUMBERS:] - 1
+        spread = 2 * np.asarray(parameters)[_CROP_NUMBERS : _CROP_NUMBERS + _JITTER_NUMBERS] - 1
         brightness, contrast, saturation = (1 + self.color_jitter * spread).tolist()
         return brightness, contrast, saturation
 
-    def _random_box(self, numbers: list[float], width: int, height: int) -> tuple[int, int, int, int] | None:
+    def _sizes(self, numbers: list[float], width: int, height: int) -> Iterator[tuple[int, int]]:
+        """Width and height of each try that fits into the image."""
         area = width * height
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for i in range(_FIRST_TRY, _FIRST_TRY + 2 * _TRIES, 2):
@@ -124,23 +136,23 @@ class CropPlan:
             ratio = math.exp(low + numbers[i + 1] * (high - low))
             w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
             if 0 < w <= width and 0 < h <= height:
-                return int(numbers[_LEFT] * (width - w + 1)), int(numbers[_TOP] * (height - h + 1)), w, h
-        return None
+                yield w, h
 
-    def _central_box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        w, h = width, height
+    def _largest_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of the largest box with a permitted ratio."""
         if width / height < self.ratio[0]:
-            h = min(height, max(1, round(width / self.ratio[0])))
-        elif width / height > self.ratio[1]:
-            w = min(width, max(1, round(height * self.ratio[1])))
-        return (width - w) // 2, (height - h) // 2, w, h
+            return width, min(height, max(1, round(width / self.ratio[0])))
+        if width / height > self.ratio[1]:
+            return min(width, max(1, round(height * self.ratio[1]))), height
+        return width, height
 
-    def _grid(self, side: int) -> int:
+    def _on_grid(self, x0: int, y0: int, w: int, h: int) -> tuple[int, int, int, int]:
+        """The box (x0, y0, x1, y1) with its edges on the grid of its size."""
+        grid = 1
         if self.jpeg_grid:
-            for grid in _GRIDS:
-                if side >= _GRID_SIDE * grid:
-                    return grid
-        return 1
+            grid = next((grid for grid in _GRIDS if min(w, h) >= _GRID_SIDE * grid), 1)
+        x0, y0, x1, y1 = (edge // grid * grid for edge in (x0, y0, x0 + w, y0 + h))
+        return x0, y0, x1, y1
 
 
 # For evaluation: the central square, which is "resize the shorter side, then crop the centre" in one resampling.

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from farl_engine.data.augment import CropPlan
+from farl_engine.data.augment import Plan
 from farl_engine.data.bad_data import BadDataError, BadImage
 from farl_engine.data.counter_rng import combine
 
+if TYPE_CHECKING:
+    import torch
+
+    from farl_engine.data.decode_stage import Session
+
 MAX_REPLACEMENTS = 20
+# Fifty times what the text tower reads: a book for a caption must not hold up the tokenizer.
+MAX_CAPTION_CHARACTERS = 4096
 _REPLACEMENT = 0x5EED
 
 
@@ -38,9 +46,28 @@ class Decoder(Protocol):
     def image_size(self) -> int: ...
     @property
     def token_size(self) -> int | None: ...
-    def decode(
-        self, data: bytes, plan: CropPlan, parameters: NDArray[np.float64] | None
-    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]: ...
+    def decode_into(
+        self,
+        data: bytes,
+        plan: Plan,
+        parameters: NDArray[np.float64] | None,
+        image: NDArray[np.uint8],
+        tokens: NDArray[np.uint8] | None,
+    ) -> None: ...
+
+
+@runtime_checkable
+class BatchDecoder(Protocol):
+    """What the loader needs beyond that of a `DaliDecoder`, which decodes whole batches."""
+
+    device: torch.device
+
+    def prepare(self, data: bytes, plan: Plan, parameters: NDArray[np.float64] | None) -> Any | None: ...
+    def open(self, batch_size: int) -> Session: ...
+
+
+# Gives the arrays that take a sample's picture and token picture.
+Place = Callable[[], tuple[NDArray[np.uint8], NDArray[np.uint8] | None]]
 
 
 class BadSample(NamedTuple):
@@ -53,7 +80,7 @@ class BadSample(NamedTuple):
 
 @dataclass
 class Tally:
-    """What making some samples cost and met; one a task, so that threads share nothing."""
+    """What making a sample cost and met; one each, so that threads share nothing."""
 
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -70,12 +97,27 @@ def replacement(seed: int, sample_id: int, attempt: int, num_samples: int) -> in
 def decode_caption(content: bytes) -> tuple[str, bool]:
     """Caption text without surrounding blanks, and whether it had to be repaired.
 
-    Captions are UTF-8 (a byte order mark is dropped). Where they are not, each invalid sequence becomes U+FFFD.
+    Captions are UTF-8 (a byte order mark is dropped), or UTF-16 where they begin with its byte order mark. Invalid
+    sequences become U+FFFD and NULs blanks. What follows the first MAX_CAPTION_CHARACTERS is cut off.
     """
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    # A character has four bytes at most; one that the cut goes through lies beyond those that are kept.
+    head = content[: 4 * MAX_CAPTION_CHARACTERS + 8]
     try:
-        return content.decode("utf-8-sig").strip(), False
+        text, repaired = codecs.getincrementaldecoder(encoding)().decode(head, final=len(head) == len(content)), False
     except UnicodeDecodeError:
-        return content.decode("utf-8-sig", errors="replace").strip(), True
+        text, repaired = head.decode(encoding, errors="replace"), True
+    if "\0" in text:
+        text, repaired = text.replace("\0", " "), True
+    return text.strip()[:MAX_CAPTION_CHARACTERS].rstrip(), repaired
+
+
+class Made(NamedTuple):
+    """A sample made: the id that was used, its caption, and what the batch decoder has yet to decode, if anything."""
+
+    used: int
+    caption: str
+    encoded: Any | None
 
 
 class _MissingCaptionError(Exception):
@@ -85,9 +127,10 @@ class _MissingCaptionError(Exception):
 class SampleMaker:
     """Reads, decodes and where necessary replaces samples; safe to share between threads."""
 
-    def __init__(self, source: Source, decoder: Decoder, plan: CropPlan, seed: int) -> None:
+    def __init__(self, source: Source, decoder: Decoder, plan: Plan, seed: int) -> None:
         self._source = source
         self._decoder = decoder
+        self._batch_decoder = decoder if isinstance(decoder, BatchDecoder) else None
         self._plan = plan
         self._seed = seed
 
@@ -96,27 +139,43 @@ class SampleMaker:
         return self._plan.parameters(self._seed, ids, views)
 
     def make(
-        self, sample_id: int, view: int, parameters: NDArray[np.float64], tally: Tally, note: Callable[[str, int], None]
-    ) -> tuple[int, NDArray[np.uint8], NDArray[np.uint8] | None, str]:
-        """The id that was used, its picture, token picture and caption; `tally` takes the counts and times.
+        self,
+        sample_id: int,
+        view: int,
+        parameters: NDArray[np.float64],
+        place: Place,
+        tally: Tally,
+        note: Callable[[str, int], None],
+        *,
+        refused: bool = False,
+    ) -> Made:
+        """Makes one sample: its picture is written into the arrays of `place()`, or left to the batch decoder.
 
-        `note(stage, id)` is told what happens next, for the message about a stall.
+        Args:
+            sample_id, view: which one.
+            parameters: its row of `parameters`.
+            place: called before each decoding, so the last arrays are the ones that hold the picture.
+            tally: takes the counts and times.
+            note: told (stage, id) of what happens next, for the message about a stall.
+            refused: the batch decoder has refused it, so that nothing is left to that.
 
         Raises:
             BadDataError: 20 samples in a row were bad.
         """
+        # Stand-ins are rare, so they do not wait for a batch.
+        batch_decoder = None if refused else self._batch_decoder
         used = sample_id
         for attempt in range(MAX_REPLACEMENTS + 1):
             tally.tried += 1
             try:
-                return used, *self._make_once(used, parameters, tally, note)
+                return self._make_once(used, parameters, place, tally, note, batch_decoder)
             except BadImage as error:
                 cause, message = error.cause, str(error)
             except _MissingCaptionError:
                 cause, message = "missing_caption", "the caption is empty"
             except OSError as error:
                 cause, message = "unreadable", str(error)
-            bad = used
+            bad, batch_decoder = used, None
             used = replacement(self._seed, sample_id, attempt, len(self._source))
             shard = self._source.shard_names[self._source.shard_of(bad)]
             message = f"sample {bad} (key {self._source.key(bad)}): {message}; sample {used} takes its place"
@@ -129,8 +188,14 @@ class SampleMaker:
         )
 
     def _make_once(
-        self, sample_id: int, parameters: NDArray[np.float64], tally: Tally, note: Callable[[str, int], None]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None, str]:
+        self,
+        sample_id: int,
+        parameters: NDArray[np.float64],
+        place: Place,
+        tally: Tally,
+        note: Callable[[str, int], None],
+        batch_decoder: BatchDecoder | None,
+    ) -> Made:
         start = time.perf_counter()
         note("read", sample_id)
         try:
@@ -143,8 +208,12 @@ class SampleMaker:
             caption, repaired = decode_caption(caption_bytes)
             if not caption:
                 raise _MissingCaptionError
-            image, tokens = self._decoder.decode(image_bytes, self._plan, parameters)
+            encoded = None
+            if batch_decoder is not None:
+                encoded = batch_decoder.prepare(image_bytes, self._plan, parameters)
+            if encoded is None:
+                self._decoder.decode_into(image_bytes, self._plan, parameters, *place())
         finally:
             tally.decode_seconds += time.perf_counter() - read
         tally.repaired += repaired
-        return image, tokens, caption
+        return Made(sample_id, caption, encoded)

@@ -1,4 +1,7 @@
-"""Threads that build jobs chunk by chunk and hand them out in order, a bounded number ahead."""
+"""Threads that build jobs chunk by chunk and hand them out in order, a bounded number ahead.
+
+Where jobs have a last stage that takes them whole, such as decoding on a GPU, it has a thread of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 _JOIN_SECONDS = 2.0
 
@@ -29,7 +33,17 @@ class BatchJob(ABC):
 
     @abstractmethod
     def finish(self, note: Callable[[str, int], None]) -> None:
-        """Called once, when all chunks are made."""
+        """Called when all chunks are made, and before the last stage."""
+
+
+class JobStage(Protocol):
+    """A last stage with several jobs in it; `put` and `advance` return jobs that have passed."""
+
+    @property
+    def busy(self) -> bool: ...
+    def put(self, job: Any, note: Callable[[str, int], None]) -> Sequence[Any]: ...
+    def advance(self, note: Callable[[str, int], None]) -> Sequence[Any]: ...
+    def close(self) -> None: ...
 
 
 class Workers:
@@ -41,6 +55,7 @@ class Workers:
         threads: 0 runs jobs inside `next`.
         prefetch: jobs begun but not yet handed out, at most.
         stall_timeout: patience of `next` in seconds.
+        stage: the last stage, which is closed at the end.
 
     Attributes:
         error: the first error that a thread met; `next` raises it when no job is ready.
@@ -55,8 +70,10 @@ class Workers:
         threads: int,
         prefetch: int,
         stall_timeout: float,
+        stage: JobStage | None = None,
     ) -> None:
         self._start = start
+        self._stage = stage
         self._end_step = end_step
         self._prefetch = prefetch
         self._stall_timeout = stall_timeout
@@ -66,6 +83,7 @@ class Workers:
         # Guards everything that the consumer sees; never held while work is done.
         self._changed = threading.Condition()
         self._ready: dict[int, BatchJob] = {}
+        self._staged: list[BatchJob] = []
         self._chunks_left: dict[int, int] = {}
         self._doing: dict[str, tuple[str, int, float]] = {}
         # Guards the handing out of chunks among the threads.
@@ -74,8 +92,14 @@ class Workers:
         self._job: BatchJob | None = None
         self._next_chunk = 0
         self._threads = [
-            threading.Thread(target=self._work, name=f"farl-loader-{i}", daemon=True) for i in range(threads)
+            threading.Thread(target=self._guarded, args=(self._work,), name=f"farl-loader-{i}", daemon=True)
+            for i in range(threads)
         ]
+        if threads and stage is not None:
+            arguments = (self._work_stage, stage)
+            self._threads.append(
+                threading.Thread(target=self._guarded, args=arguments, name="farl-loader-device", daemon=True)
+            )
         for thread in self._threads:
             thread.start()
 
@@ -99,6 +123,10 @@ class Workers:
             for chunk in range(job.num_chunks):
                 job.run_chunk(chunk, _ignore)
             job.finish(_ignore)
+            if self._stage is not None:
+                done = self._stage.put(job, _ignore)
+                while not done:
+                    done = self._stage.advance(_ignore)
             self._next_out += 1
             return job
         with self._changed:
@@ -127,10 +155,17 @@ class Workers:
                 thread.join(max(0.0, deadline - time.monotonic()))
                 if thread.is_alive():
                     logger.warning("loader thread %s still hangs in %s", thread.name, self._describe(thread.name))
+                    # It may be the one inside the stage.
+                    self._stage = None
         self._threads = []
         self._ready.clear()
+        self._staged.clear()
+        if self._stage is not None:
+            self._stage.close()
+            self._stage = None
 
-    def _work(self) -> None:
+    def _guarded(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Runs a thread's `work(*arguments, note)`; what it ends with goes to the consumer."""
         name = threading.current_thread().name
 
         def note(stage: str, item: int) -> None:
@@ -140,19 +175,7 @@ class Workers:
             self._doing[name] = (stage, item, time.monotonic())
 
         try:
-            while (task := self._next_task()) is not None:
-                job, chunk = task
-                job.run_chunk(chunk, note)
-                with self._changed:
-                    self._chunks_left[job.step] -= 1
-                    last = self._chunks_left[job.step] == 0
-                if last:
-                    job.finish(note)
-                    with self._changed:
-                        del self._chunks_left[job.step]
-                        self._ready[job.step] = job
-                        self._changed.notify_all()
-                self._doing.pop(name, None)
+            work(*arguments, note)
         except _ClosedError:
             pass
         except BaseException as error:
@@ -161,6 +184,39 @@ class Workers:
             with self._changed:
                 self.error = self.error or error
                 self._changed.notify_all()
+
+    def _work(self, note: Callable[[str, int], None]) -> None:
+        while (task := self._next_task()) is not None:
+            job, chunk = task
+            job.run_chunk(chunk, note)
+            with self._changed:
+                self._chunks_left[job.step] -= 1
+                last = self._chunks_left[job.step] == 0
+            if last:
+                job.finish(note)
+                with self._changed:
+                    del self._chunks_left[job.step]
+                    if self._stage is None:
+                        self._ready[job.step] = job
+                    else:
+                        self._staged.append(job)
+                    self._changed.notify_all()
+            self._doing.pop(threading.current_thread().name, None)
+
+    def _work_stage(self, stage: JobStage, note: Callable[[str, int], None]) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or self.error is not None or self._staged or stage.busy)
+                if self._closing or self.error is not None:
+                    return
+                jobs, self._staged = self._staged, []
+            done = [passed for job in jobs for passed in stage.put(job, note)]
+            if stage.busy:
+                done += stage.advance(note)
+            with self._changed:
+                self._ready |= {job.step: job for job in done}
+                self._changed.notify_all()
+            self._doing.pop(threading.current_thread().name, None)
 
     def _next_task(self) -> tuple[BatchJob, int] | None:
         with self._task_lock:
@@ -192,7 +248,8 @@ class Workers:
 
     def _describe(self, name: str) -> str:
         stage, item, since = self._doing.get(name, ("nothing", -1, time.monotonic()))
-        return f"{stage} of {'step' if stage == 'text' else 'sample'} {item} for {time.monotonic() - since:.0f} s"
+        kind = "sample" if stage in ("read", "decode") else "step"
+        return f"{stage} of {kind} {item} for {time.monotonic() - since:.0f} s"
 
 
 class _ClosedError(Exception):

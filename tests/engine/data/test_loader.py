@@ -155,6 +155,21 @@ def test_bad_samples_are_replaced_and_counted(faulty, caplog):
     assert caplog.text.count("bad sample no.") == 1 and "z-bad.tar" in caplog.text
 
 
+def test_visual_tokens_belong_to_the_samples_that_were_used(faulty):
+    asked = []
+
+    def tokens(ids: np.ndarray, views: np.ndarray) -> torch.Tensor:
+        asked.append((ids.dtype, views.dtype, len(ids)))
+        return torch.from_numpy(np.stack([ids, views], axis=1))
+
+    batches = take(make_loader(faulty, 9, end_step=5, visual_tokens=tokens))
+    assert len(asked) == 5 and set(asked) == {(np.dtype(np.int64), np.dtype(np.int64), 9)}
+    assert any(not torch.equal(batch.ids, batch.used_ids) for batch in batches)
+    for batch in batches:
+        assert torch.equal(batch.visual_tokens, torch.stack([batch.used_ids, batch.views], dim=1))
+    assert take(make_loader(faulty, end_step=1))[0].visual_tokens is None
+
+
 def test_logging_of_bad_samples_is_bounded(faulty, caplog):
     from farl_engine.data.bad_data import BadSampleLedger
 
@@ -221,18 +236,25 @@ def test_nothing_but_bad_samples_ends_at_once(tmp_path, tools):
 def test_a_shard_that_vanishes_becomes_bad_samples(tmp_path, make_shards, monkeypatch):
     paths = make_shards([20, 4])
     index = ShardIndex.build(paths)
-    monkeypatch.setattr("farl_engine.data.shard_files.time.sleep", lambda _: None)
+    sleeps: list[float] = []
+    monkeypatch.setattr("farl_engine.data.shard_files.time.sleep", sleeps.append)
     paths[1].unlink()
     loader = make_loader(index, 8, end_step=3)
     batches = take(loader)
     assert sorted(torch.cat([b.ids for b in batches]).tolist()) == list(range(24))
     assert max(torch.cat([b.used_ids for b in batches]).tolist()) < 20
     assert loader.bad_samples.keys() == {"unreadable"} and loader.bad_by_shard.keys() == {"train-0001.tar"}
+    loader = make_loader(index, 8, end_step=20)
+    take(loader)
+    with pytest.raises(BadDataError, match=r"unreadable \d+; worst shard train-0001\.tar"):
+        loader.check_bad()
+    # Each thread may have met the shard before it was given up; after that nobody waits for it.
+    assert len(sleeps) <= 3 * 2
 
 
 def test_an_error_in_a_thread_reaches_the_consumer(index):
     class Broken(CpuDecoder):
-        def decode(self, *args, **kwargs):
+        def decode_into(self, *args, **kwargs):
             raise ZeroDivisionError("the decoder is broken")
 
     with pytest.raises(ZeroDivisionError, match="the decoder is broken") as caught:
@@ -271,9 +293,9 @@ def test_a_hung_stage_is_reported(index):
     release = threading.Event()
 
     class Hung(CpuDecoder):
-        def decode(self, *args, **kwargs):
+        def decode_into(self, *args, **kwargs):
             release.wait(30)
-            return super().decode(*args, **kwargs)
+            super().decode_into(*args, **kwargs)
 
     start = time.monotonic()
     loader = make_loader(index, decoder=Hung(16, token_size=8), stall_timeout=0.3)
@@ -337,9 +359,11 @@ def test_stage_times_say_where_the_time_goes(index):
         for _ in loader:
             pass
         times = loader.stage_times()
-        assert set(times) == {"read", "decode", "text", "wait_for_batch", "queue_depth"}
+        stages = {"read", "decode", "text", "device_decode", "wait_for_batch", "queue_depth"}
+        stages |= {"mean_queue_depth", "threads"}
+        assert set(times) == stages and times["threads"] == 1 and times["device_decode"] == 0
         assert 0.2 <= times["text"] < 1 and times["wait_for_batch"] > 0.1 and times["read"] > 0 and times["decode"] > 0
-        assert sum(loader.stage_times().values()) == 0
+        assert sum(loader.stage_times().values()) == times["threads"]
 
 
 @pytest.mark.parametrize(
