@@ -22,6 +22,7 @@ from farl.data.keys import in_validation, sample_key
 from farl.data.sources import TABLE_SUFFIXES, Files, Sample, Skipped, read_folder, read_groups, read_table
 from farl.data.tars import Tars, find_tars
 from farl.progress import Progress
+from farl_engine.data.bad_data import one_line
 
 PROG = "farl.data build"
 DESCRIPTION = """Writes tar shards from pairs of images and captions.
@@ -101,7 +102,7 @@ class Report:
         self.skipped[row.cause] = self.skipped.get(row.cause, 0) + 1
         examples = self.examples.setdefault(row.cause, [])
         if len(examples) < EXAMPLES:
-            examples.append(row.where)
+            examples.append(one_line(row.where))
 
     @property
     def samples(self) -> int:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from farl.data.keys import number_repeats, sample_key
+from farl_engine.data.shards import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".mpo"})
 IMAGE_COLUMNS = ("image", "image_path", "img_path", "path", "filepath", "file_path", "filename", "file_name", "file")
@@ -72,6 +74,8 @@ class Files:
             image = self._bytes(row.image)
         except _OutsideRootError:
             return Skipped("outside_root", row.image)
+        except _OversizedError:
+            return Skipped("oversized", row.image)
         except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte in the path
             return Skipped("missing_file", row.image)
         except OSError as error:
@@ -80,21 +84,27 @@ class Files:
 
     def _caption_beside(self, image: str) -> bytes:
         try:
-            return self._bytes(os.path.splitext(image)[0] + ".txt")  # noqa: PTH122 - a name such as "a." has no suffix
+            return as_utf8(self._bytes(os.path.splitext(image)[0] + ".txt", MAX_TEXT_BYTES))  # noqa: PTH122 - a name such as "a." has no suffix
         except (OSError, ValueError):
             return b""
 
-    def _bytes(self, name: str) -> bytes:
+    def _bytes(self, name: str, most: int = MAX_IMAGE_BYTES) -> bytes:
         real = os.path.realpath(self._root / name)
         if os.path.commonpath([real, self._allowed]) != self._allowed:
             raise _OutsideRootError(name)
         path = Path(real)
         if not path.is_file():  # a pipe or a device would never end
             raise FileNotFoundError(name)
+        if path.stat().st_size > most:
+            raise _OversizedError(name)
         return path.read_bytes()
 
 
 class _OutsideRootError(OSError):
+    pass
+
+
+class _OversizedError(OSError):
     pass
 
 
@@ -108,6 +118,13 @@ def make_sample(
     if extension is None:
         return Skipped("not_an_image", where)
     return Sample(key, image, caption, extension, group, extra or {})
+
+
+def as_utf8(caption: bytes) -> bytes:
+    """A caption in UTF-16, as its byte order mark says, in UTF-8; any other as it is."""
+    if caption.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return caption.decode("utf-16", errors="replace").encode()
+    return caption
 
 
 def image_extension(image: bytes) -> str | None:
@@ -195,7 +212,7 @@ def table_columns(table: Path) -> list[str]:
     """The names of the columns; ValueError if there are none."""
     if table.suffix.lower() == ".parquet":
         return list(_open_parquet(table).schema_arrow.names)
-    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with _open_text(table) as file:
         columns = next(_split_rows(file, table), [])
     if not any(columns):
         raise ValueError(f"{table} is empty: wanted a first line with the names of the columns")
@@ -211,13 +228,22 @@ def read_columns(table: Path, columns: list[str]) -> Iterator[list[str] | None]:
             for values in zip(*(data[column] for column in columns), strict=True):
                 yield ["" if value is None else str(value) for value in values]
         return
-    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with _open_text(table) as file:
         reader = _split_rows(file, table)
         header = next(reader)
         places = [header.index(column) for column in columns]
         for row in reader:
             if row:  # a blank line is no row
                 yield [row[place] for place in places] if len(row) == len(header) else None
+
+
+def _open_text(table: Path) -> IO[str]:
+    """A table as text: UTF-8, or UTF-16 (as spreadsheets save "Unicode text") where it has its byte order mark."""
+    with table.open("rb") as file:
+        head = file.read(2)
+    if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return table.open(encoding="utf-16", errors="replace", newline="")
+    return table.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _split_rows(file: Any, table: Path) -> Iterator[list[str]]:

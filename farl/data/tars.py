@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from hashlib import blake2b
 from pathlib import Path
 
 from farl.data.keys import sample_key
-from farl.data.sources import Sample, Skipped, make_sample
-from farl_engine.data.shards import IMAGE_EXTENSIONS, split_key
+from farl.data.sources import Sample, Skipped, as_utf8, make_sample
+from farl_engine.data.exclusions import read_exclusions
+from farl_engine.data.shards import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, split_key
 from farl_engine.data.tar_members import TarWalkError, walk_members
 
 
@@ -27,7 +29,8 @@ class Tars:
     """Samples of tars, in order; other members of a sample stay with it. Where the tars lie in several folders, as
     those of LAION-Face (`split_0`, `split_1`, ...) whose keys all start from zero, the folder is put before the key.
 
-    A sample whose json has a `status` other than "success" is skipped, as is one that lacks its image or caption.
+    A sample whose json has a `status` other than "success" is skipped, as is one that lacks its image or caption, and
+    one that `farl.data laion filter` took out.
     """
 
     def __init__(self, tars: list[Path], root: Path) -> None:
@@ -60,8 +63,18 @@ class Tars:
                             samples[key][extension] = (offset, size)
             except TarWalkError as error:  # what came before it is good
                 fault = Skipped(error.cause, shown)
+            for key, cause in read_exclusions(tar).items():
+                if samples.pop(key, None) is not None:
+                    yield Skipped(f"filtered_{cause}", f"{shown}: {_text(key)}")
             for key, places in samples.items():
-                members = {extension: os.pread(fd, size, offset) for extension, (offset, size) in places.items()}
+                if any(size > MAX_IMAGE_BYTES for _, size in places.values()):
+                    yield Skipped("oversized", f"{shown}: {_text(key)}")
+                    continue
+                try:
+                    members = {extension: os.pread(fd, size, offset) for extension, (offset, size) in places.items()}
+                except OSError as error:
+                    yield Skipped("unreadable", f"{shown}: {_text(key)} ({error.strerror})")
+                    continue
                 yield _sample(folder, key, members, shown)
         finally:
             os.close(fd)
@@ -71,28 +84,42 @@ class Tars:
 
 def _sample(folder: str, raw_key: bytes, members: dict[bytes, bytes], shard: str) -> Sample | Skipped:
     where = f"{shard}: {_text(raw_key)}"
-    try:
-        key = folder + raw_key.decode()
-    except UnicodeDecodeError:
-        key = folder + sample_key(_text(raw_key))
+    key = folder + _safe_key(raw_key)
     meta = _metadata(members.get(b"json"))
     if meta.get("status", "success") != "success":
         return Skipped("failed_download", where)
     images = [extension for extension in members if extension in IMAGE_EXTENSIONS]
     if not images:
         return Skipped("missing_image", where)
-    caption = members.pop(b"txt", b"").strip() or str(meta.get("caption") or "").encode("utf-8", "replace").strip()
+    caption = (
+        as_utf8(members.pop(b"txt", b"")).strip() or str(meta.get("caption") or "").encode("utf-8", "replace").strip()
+    )
     if not caption:
         return Skipped("missing_caption", where)
     image = members.pop(images[0])
-    extra = {_text(extension): content for extension, content in members.items() if extension not in IMAGE_EXTENSIONS}
+    # webdataset keeps names such as __key__ for itself.
+    extra = {
+        _text(extension): content
+        for extension, content in members.items()
+        if extension not in IMAGE_EXTENSIONS and not extension.startswith(b"__")
+    }
     return make_sample(key, image, caption, group=key, where=where, extra=extra)
+
+
+def _safe_key(raw: bytes) -> str:
+    """The key as it is where it can do no harm to whoever unpacks the new shard, else one made of its parts."""
+    key = _text(raw).removeprefix("./")
+    harmless = key.isprintable() and "\\" not in key and not {"", ".", ".."} & set(key.split("/"))
+    if harmless and not (key.startswith("__") and key.endswith("__")):
+        return key
+    # Without the hash, `../a` and `a` would be one.
+    return f"{sample_key(key)}-{blake2b(raw, digest_size=4).hexdigest()}"
 
 
 def _metadata(content: bytes | None) -> dict[str, object]:
     try:
         meta = json.loads(content or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return meta if isinstance(meta, dict) else {}
 
