@@ -19,22 +19,28 @@ class TrainConfig:
     run_dir: str
     """Folder of the run: config.json, metrics.jsonl, checkpoints/ and report/."""
     data: str
-    """Training shards: a path, a glob in quotes, or braces like 'faces-{000000..000099}.tar'."""
+    """Training shards: paths, globs, braces like 'faces-{000000..000099}.tar' or URLs, in quotes, with spaces between.
+    A weight before each, as in '3=a/*.tar 1=b/*.tar', mixes them in these proportions."""
     eval_data: str = ""
     """Held-out shards for retrieval during the run; none if empty. A preset's own go with its own --data alone."""
+    shard_cache: str = ""
+    """Folder on a local disk for copies of remote shards, DIR or DIR:SIZE such as /scratch/farl:500GB."""
 
     model: str = "farl-b16"
     """Sizes of the model: farl-tiny, farl-micro, farl-s16, farl-b16, farl-l16 or farl-h14."""
     init: str = ""
     """Run folder, checkpoint or released weights (CLIP or FaRL layout) to start from; random if empty."""
     visual_tokens: str = "codebook"
-    """Targets of the masked patches: "codebook" (fitted on the run's own data) or "dalle:FILE.safetensors"."""
+    """Targets of the masked patches: "codebook" (fitted on the run's own data), "dalle:FILE.safetensors", or
+    "cache:DIR" of farl.data tokenize."""
     mim_weight: float = 1.0
     """Weight of the masked-image loss beside the contrastive loss; 0 turns the masked branch off."""
     mask_ratio: float = MASK_RATIO
     """Largest share of patches to mask (block-wise sampling may mask fewer)."""
     crop_scale: float = 0.9
     """Smallest share of the image's area that a random crop takes."""
+    face_boxes: str = ""
+    """File of `farl.data laion faces` for this data: crops then keep the face; none if empty."""
 
     steps: int = 62_500
     """Length of the schedule, in updates."""
@@ -66,8 +72,10 @@ class TrainConfig:
 
     device: str = "auto"
     """cpu, cuda, or auto."""
+    decoder: str = "auto"
+    """Decoder of JPEGs: dali, cpu, or auto (DALI on a GPU where it is installed). The samples are the same."""
     threads: int = 2
-    """Decoding threads a process; 0 decodes between the steps."""
+    """Loader threads a process, which read and decode, and DALI's own; 0 makes batches between the steps."""
     max_bad_fraction: float = 0.05
     """Stop when more than this share of samples is broken."""
     timeout: float = 300.0
@@ -110,6 +118,8 @@ class TrainConfig:
             raise ValueError(f"--beta2 is {self.beta2}; it must be 0 or more and less than 1")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"--precision is {self.precision!r}; use auto, fp32 or bf16")
+        if self.decoder not in ("auto", "dali", "cpu"):
+            raise ValueError(f"--decoder is {self.decoder!r}; use auto, dali or cpu")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"--device is {self.device!r}; use auto, cpu or cuda")
         if self.stop_at > self.steps:
@@ -120,8 +130,10 @@ class TrainConfig:
             if tracker != "tensorboard" and not tracker.startswith("wandb:"):
                 raise ValueError(f"--trackers holds {tracker!r}; use tensorboard or wandb:PROJECT")
         kind, _, file = self.visual_tokens.partition(":")
-        if self.visual_tokens != "codebook" and not (kind == "dalle" and file):
-            raise ValueError(f"--visual-tokens is {self.visual_tokens!r}; use codebook or dalle:FILE.safetensors")
+        if self.visual_tokens != "codebook" and not (kind in ("dalle", "cache") and file):
+            raise ValueError(
+                f"--visual-tokens is {self.visual_tokens!r}; use codebook, dalle:FILE.safetensors or cache:DIR"
+            )
 
 
 def quickstart() -> TrainConfig:

@@ -12,9 +12,10 @@ from farl.config import TrainConfig
 from farl.evaluation.features import spread_positions
 from farl.evaluation.pair_reader import read_batches
 from farl.model import MODELS, FaRL, ModelConfig, load_pretrained
-from farl.tokens import DalleEncoder, PatchCodebook, VisualTokenizer
+from farl.tokens import DalleEncoder, PatchCodebook, TokenCache, VisualTokenizer
 from farl.tokens.dalle import PIXELS_PER_TOKEN
-from farl_engine.data import CpuDecoder, ShardIndex
+from farl_engine.data import CpuDecoder, CropPlan, FaceCropPlan, ShardIndex
+from farl_engine.data.face_crop import read_face_boxes
 from farl_engine.distributed import World, broadcast_object, say
 from farl_engine.optim import parameter_groups
 
@@ -33,19 +34,40 @@ def check_sources(config: TrainConfig, saved: dict[str, Any] | None) -> None:
     named_sizes(config)
     if Path(config.run_dir).is_file():
         raise ValueError(f"--run-dir {config.run_dir} is a file: name a folder, which is made if absent")
-    kind, _, encoder = config.visual_tokens.partition(":")
-    files = {"--visual-tokens": encoder if kind == "dalle" and config.mim_weight else ""}
+    files = {"--visual-tokens": config.visual_tokens.partition(":")[2] if config.mim_weight else ""}
     # A resumed run has its weights from the checkpoint.
     files["--init"] = config.init if saved is None else ""
+    files["--face-boxes"] = config.face_boxes
     for option, name in files.items():
         if name and not Path(name).exists():
             raise ValueError(f"{option} names {name}, which does not exist: mend the path")
 
 
+def crop_plan(config: TrainConfig, index: ShardIndex) -> CropPlan:
+    """The crops of training, which `farl.data tokenize` takes as well.
+
+    Raises:
+        ValueError: the face boxes are of other data.
+    """
+    scale = (config.crop_scale, 1.0)
+    if not config.face_boxes:
+        return CropPlan(scale=scale)
+    try:
+        faces = read_face_boxes(config.face_boxes)
+        faces.check(index.fingerprint, len(index))
+    except ValueError as error:
+        raise ValueError(f"--face-boxes {config.face_boxes}: {error}") from None
+    return FaceCropPlan(scale=scale, faces=faces.box)
+
+
 def visual_tokenizer(
-    config: TrainConfig, index: ShardIndex, world: World, saved: dict[str, Any] | None
+    config: TrainConfig,
+    index: ShardIndex,
+    world: World,
+    saved: dict[str, Any] | None,
+    cache: TokenCache | None = None,
 ) -> VisualTokenizer | None:
-    """Targets of the masked branch: of the checkpoint, from a file, or fitted by rank 0 on this run's own data.
+    """Targets of the masked branch: of the cache, the checkpoint or a file, or fitted by rank 0 on the run's own data.
 
     None where the masked branch is off.
 
@@ -54,15 +76,21 @@ def visual_tokenizer(
     """
     if config.mim_weight == 0:
         return None
+    if cache is not None:
+        return cache.tokenizer(world.device)
     if config.visual_tokens != "codebook":
-        rows, _ = named_sizes(config).vision.grid
-        path = config.visual_tokens.removeprefix("dalle:")
-        return DalleEncoder.from_file(path, token_image_size=PIXELS_PER_TOKEN * rows).to(world.device)
+        return load_encoder(config, config.visual_tokens.removeprefix("dalle:")).to(world.device)
     state = saved["visual_tokens"] if saved is not None else None
     if state is None:
         fitted = fit_codebook(config, index, world).state_dict() if world.is_main else None
         state = broadcast_object(world, fitted)
     return PatchCodebook.from_state_dict(state).to(world.device)
+
+
+def load_encoder(config: TrainConfig, path: str) -> DalleEncoder:
+    """The dVAE encoder in a file, for the patches of --model. ValueError if the file does not fit."""
+    rows, _ = named_sizes(config).vision.grid
+    return DalleEncoder.from_file(path, token_image_size=PIXELS_PER_TOKEN * rows)
 
 
 def fit_codebook(config: TrainConfig, index: ShardIndex, world: World) -> PatchCodebook:
@@ -113,7 +141,7 @@ def build_model(config: TrainConfig, tokenizer: VisualTokenizer | None, saved: d
     drawn = model.state_dict()
     # What the file lacks, or has in another size, stays as drawn: the masked branch and its head.
     kept = {name: value for name, value in given.state_dict().items() if _fits(drawn.get(name), value)}
-    if config.visual_tokens == "codebook":
+    if config.visual_tokens == "codebook" or isinstance(tokenizer, PatchCodebook):
         kept = {name: value for name, value in kept.items() if not name.startswith("visual.lm_head.")}
     model.load_state_dict(drawn | kept)
     return model

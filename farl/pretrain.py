@@ -13,19 +13,28 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from farl import report
+from farl.cached_tokens import check_token_cache, open_token_cache
 from farl.config import TrainConfig
 from farl.evaluation import evaluate_retrieval
 from farl.flops import training_flops
-from farl.initialize import build_model, build_optimizer, check_sources, visual_tokenizer
+from farl.initialize import (
+    build_model,
+    build_optimizer,
+    check_sources,
+    crop_plan,
+    visual_tokenizer,
+)
 from farl.masking import mask_sizes
-from farl.resume import check_resumable, snapshot
+from farl.resume import check_resumable, check_same_encoder, snapshot
+from farl.shards import describe_mix, open_shards, sample_order
 from farl.step import TrainStep, clamp_logit_scale, pack_parts
 from farl.tokenizer import pack
+from farl.tokens.cache import RepeatedCrops, StoredEncoder
 from farl_engine import distributed
 from farl_engine.checkpoint import CheckpointStore
-from farl_engine.data import CpuDecoder, CropPlan, Loader, SampleOrder, ShardIndex
-from farl_engine.data.bad_data import check_excluded
-from farl_engine.distributed import World, gather_objects, say
+from farl_engine.data import CpuDecoder, Loader, choose_decoder
+from farl_engine.data.shard_cache import ShardCache
+from farl_engine.distributed import say
 from farl_engine.loop import Run, Schedule, train
 from farl_engine.metrics import MetricsLog, Progress
 from farl_engine.optim import warmup_cosine
@@ -53,14 +62,19 @@ def pretrain(config: TrainConfig) -> None:
     store = CheckpointStore(run_dir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every)
     saved = store.load() if store.latest() is not None else None
     check_sources(config, saved)
+    cache = open_token_cache(config)
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-    index = open_shards("--data", config.data, world, config.max_bad_fraction)
+    shard_cache = ShardCache(config.shard_cache) if config.shard_cache else None
+    index = open_shards("--data", config.data, world, config.max_bad_fraction, shard_cache)
+    plan = crop_plan(config, index)
     held_out = None
     if config.eval_data:
-        held_out = open_shards("--eval-data", config.eval_data, world, config.max_bad_fraction)
+        if describe_mix(config.eval_data) != "none":
+            raise ValueError("--eval-data takes no weights: each held-out pair counts once")
+        held_out = open_shards("--eval-data", config.eval_data, world, config.max_bad_fraction, shard_cache)
     if saved is not None:
-        check_resumable(saved, config, index)
+        check_resumable(saved, config, index, cache)
     start_step: int = saved["step"] if saved is not None else 0
     stop_at = config.stop_at or config.steps
     if start_step >= stop_at:
@@ -68,7 +82,9 @@ def pretrain(config: TrainConfig) -> None:
         distributed.finish(world)
         return
 
-    tokenizer = visual_tokenizer(config, index, world, saved)
+    tokenizer = visual_tokenizer(config, index, world, saved, cache)
+    if saved is not None:
+        check_same_encoder(saved, config, tokenizer)
     model = build_model(config, tokenizer, saved).to(world.device)
     model.checkpoint_activations = config.checkpoint_activations
     optimizer = build_optimizer(config, model, saved)
@@ -79,7 +95,18 @@ def pretrain(config: TrainConfig) -> None:
     network = model if world.size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
     max_masked, _ = mask_sizes(model.config.vision.grid, config.mask_ratio)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
-    decoder = CpuDecoder(model.config.vision.image_size, token_size=tokenizer.token_image_size if tokenizer else None)
+    token_size = tokenizer.token_image_size if tokenizer else None
+    decoder = choose_decoder(
+        config.decoder,
+        model.config.vision.image_size,
+        token_size if cache is None else None,
+        world.device,
+        threads=max(1, config.threads),
+    )
+    if not isinstance(decoder, CpuDecoder):
+        say(world, f"JPEGs are decoded by DALI on {decoder.device}")
+    if cache is not None:
+        check_token_cache(config, cache, index, plan, decoder, world)
     log = None
     if world.is_main:
         log = MetricsLog(run_dir, resume_step=start_step, trackers=config.trackers)
@@ -102,13 +129,14 @@ def pretrain(config: TrainConfig) -> None:
 
     loader = Loader(
         index,
-        SampleOrder(len(index), config.global_batch, config.seed),
+        sample_order(config.data, index, config.global_batch, config.seed),
         decoder=decoder,
-        plan=CropPlan(scale=(config.crop_scale, 1.0)),
+        plan=plan if cache is None else RepeatedCrops(plan, cache.manifest.views),
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,
         text_transform=partial(pack_parts, micro_batch=config.micro_batch),
+        visual_tokens=cache.rows if cache is not None else None,
         threads=config.threads,
         max_bad_fraction=config.max_bad_fraction,
         device=world.device,
@@ -153,8 +181,12 @@ def pretrain(config: TrainConfig) -> None:
     elif step < config.steps:
         say(world, f"left after step {step} as --stop-at asks; the same command without it goes on from there")
     elif world.is_main:
+        if isinstance(tokenizer, StoredEncoder) and not tokenizer.usable(world.device):
+            say(world, f"no picture of the masked branch: {tokenizer.path} is gone, or not what made the cache")
+            tokenizer = None
+        with_tokens = CpuDecoder(model.config.vision.image_size, token_size=token_size)
         page = report.report_run(
-            run_dir, model, held_out or index, decoder, tokenizer, mask_ratio=config.mask_ratio, seed=config.seed
+            run_dir, model, held_out or index, with_tokens, tokenizer, mask_ratio=config.mask_ratio, seed=config.seed
         )
         say(world, f"done after step {step}: see {page}")
 
@@ -178,26 +210,3 @@ def schedule(config: TrainConfig, stop_at: int) -> Schedule:
             final=config.lr_final,
         ),
     )
-
-
-def open_shards(option: str, shards: str, world: World, max_bad_fraction: float) -> ShardIndex:
-    """Index of the `shards` that `option` names. Rank 0 reads the tars first, so that the others find its file.
-
-    Raises:
-        ValueError: there are no such shards, no sample in them, or other ones on another machine.
-        BadDataError: more than `max_bad_fraction` of the samples lack an image or a caption.
-    """
-    try:
-        index = ShardIndex.build(shards, progress=True) if world.is_main else None
-        distributed.barrier(world)
-        index = index or ShardIndex.build(shards)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from None
-    if len(set(gather_objects(world, index.fingerprint))) > 1:
-        raise ValueError(f"{option}: the processes see different files under {shards}; give all machines the same")
-    check_excluded(len(index), index.problems, index.excluded_by_shard, max_bad_fraction)
-    count = len(index.shard_names)
-    say(world, f"{len(index):,} pairs in {count:,} shard{'s' * (count > 1)}, fingerprint {index.fingerprint[:12]}")
-    if index.problems:
-        say(world, "left out: " + ", ".join(f"{count} x {cause}" for cause, count in sorted(index.problems.items())))
-    return index

@@ -78,7 +78,8 @@ class TrainStep:
 
     Args:
         network: the model, wrapped in DDP where there is more than one rank.
-        tokenizer: visual tokens for the masked branch; None trains with the contrastive loss alone.
+        tokenizer: visual tokens for the masked branch, of batches that come without; None trains with the contrastive
+            loss alone.
         mim_weight: weight of the masked-token loss.
         mask_ratio: largest share of patches to mask in an image.
         autocast: run the towers in bfloat16.
@@ -113,7 +114,10 @@ class TrainStep:
 
     @torch.no_grad()
     def sample_masks(self, batch: Batch) -> Masks:
-        """Masks and targets of a batch: a pure function of seed, sample ids and views (and of the pixels)."""
+        """Masks and targets of a batch: a pure function of seed, sample ids and views (and of the pixels).
+
+        Targets are the batch's own visual tokens where the loader brings them, else the tokenizer's.
+        """
         mask, positions = sample_block_masks(
             batch.ids,
             batch.views,
@@ -122,12 +126,17 @@ class TrainStep:
             min_block=self._min_block,
             seed=self._seed,
         )
-        count = (positions >= 0).sum().to(torch.float32)
+        kept = None
+        if batch.visual_tokens is not None:
+            kept = batch.visual_tokens.gather(1, positions.long().clamp(min=0)).long().masked_fill(positions < 0, -1)
+        # A cache has no tokens of samples that were bad when it was made: those are no targets.
+        count = ((positions if kept is None else kept) >= 0).sum().to(torch.float32)
         if self._world.size > 1:
             dist.all_reduce(count)
-        assert self._tokenizer is not None
-        source = batch.images if batch.token_images is None else batch.token_images
-        return Masks(mask, positions, self._tokenizer(source, positions), 1.0 / count.clamp(min=1.0))
+        if kept is None:
+            assert self._tokenizer is not None
+            kept = self._tokenizer(batch.images if batch.token_images is None else batch.token_images, positions)
+        return Masks(mask, positions, kept, 1.0 / count.clamp(min=1.0))
 
     def _forward(self, images: Tensor, text: PackedText, masks: Masks | None) -> TrainingOutput:
         with self._precision():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from farl.tokens.cache import TokenCache
 from farl.tokens.codebook import PatchCodebook
 from farl.tokens.convert import convert_encoder_pickle
 from farl.tokens.dalle import DalleEncoder
@@ -10,6 +11,7 @@ from farl.tokens.tokenizer import VisualTokenizer
 __all__ = [
     "DalleEncoder",
     "PatchCodebook",
+    "TokenCache",
     "VisualTokenizer",
     "convert_encoder_pickle",
 ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from farl.tokens.kmeans import kmeans, nearest
 from farl.tokens.patch_features import COLOUR_COPIES, FeatureLayout, patch_features
@@ -161,6 +164,28 @@ class PatchCodebook:
                 f"state: feature version {version}, this code computes {FEATURE_VERSION}; fit a new codebook"
             )
         return cls(state["centroids"], state["pictures"])
+
+    def save(self, path: str | Path) -> None:
+        """Write `state_dict` as a .safetensors file; OSError where that cannot be."""
+        if not Path(path).parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "no such folder", str(Path(path).parent))
+        save_file(self.state_dict(), path)
+        # It is written for its owner alone, but those who train are often others.
+        Path(path).chmod(0o644)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> PatchCodebook:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is missing or not a codebook.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file")
+        try:
+            return cls.from_state_dict(load_file(path))
+        except Exception as error:  # safetensors has its own exception type, which is no ValueError
+            raise ValueError(f"{path}: not a codebook ({error}); make one with `python -m farl.tokens fit`") from None
 
 
 def _tiles(images: torch.Tensor, patch_size: int) -> torch.Tensor:

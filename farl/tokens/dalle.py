@@ -192,8 +192,10 @@ class DalleEncoder(nn.Module):
         return output.w.float().flatten(1), output.b.float()
 
     def _argmax(self, cells: torch.Tensor) -> torch.Tensor:
-        """[B, N, C] -> int64 [B, N]; 64 MiB of logits at a time."""
+        """[B, N, C] -> int64 [B, N]; at most 64 MiB of logits at a time."""
         weight, bias = self._output_weights()
-        rows = cells.flatten(0, 1).split(max(1, (1 << 24) // self.vocab_size))
+        count = cells.shape[0] * cells.shape[1]
+        # Parts of nearly equal size: products with a few rows round differently from those with many.
+        rows = cells.flatten(0, 1).chunk(max(1, -(-count // max(1, (1 << 24) // self.vocab_size))))
         tokens = [F.linear(part, weight, bias).argmax(1) for part in rows]
         return torch.cat(tokens).view(cells.shape[:2])

@@ -64,6 +64,17 @@ def test_other_samples_need_allow_mismatch(options: dict[str, Any], message: str
     check_resumable(saved(), replace(config, allow_mismatch=True), index)
 
 
+def test_another_mix_of_the_same_sources_is_refused() -> None:
+    mixed = replace(CONFIG, data="3=a/*.tar 1=b/*.tar")
+    check_resumable(saved(mixed), replace(CONFIG, data="0.75=a/*.tar 0.25=b/*.tar"), Index())
+    with pytest.raises(ValueError, match=r"mix of sources was 3:1, is 1:3\. Use another --run-dir") as caught:
+        check_resumable(saved(mixed), replace(CONFIG, data="1=a/*.tar 3=b/*.tar"), Index())
+    assert str(caught.value).endswith("or --allow-mismatch") and "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="mix of sources was none, is 3:1"):
+        check_resumable(saved(), mixed, Index())
+    check_resumable(saved(), replace(mixed, allow_mismatch=True), Index())
+
+
 @pytest.mark.parametrize("allow", [False, True])
 @pytest.mark.parametrize(
     ("options", "message"),

@@ -112,6 +112,24 @@ def test_masks_depend_on_sample_and_view_alone(model: FaRL, batch: Batch) -> Non
     assert torch.equal(masks.targets >= 0, masks.positions >= 0)
 
 
+def test_tokens_that_come_with_the_batch_are_the_targets(model: FaRL, batch: Batch) -> None:
+    step = step_of(model)
+    online = step.sample_masks(batch)
+    kept = copy.copy(batch)
+    kept.visual_tokens = MeanTokens()(batch.images).to(torch.int32)
+    kept.images = torch.zeros_like(batch.images)
+    masks = step.sample_masks(kept)
+    assert torch.equal(masks.targets, online.targets) and masks.targets.dtype == torch.int64
+    assert torch.equal(masks.share, online.share)
+    # Two samples were bad when the tokens were made: the mean is over the others.
+    kept.visual_tokens[[3, 7]] = -1
+    masks = step.sample_masks(kept)
+    wanted = online.targets.clone()
+    wanted[[3, 7]] = -1
+    assert torch.equal(masks.targets, wanted) and torch.equal(masks.mask, online.mask)
+    assert float(masks.share) == pytest.approx(1 / int((wanted >= 0).sum()))
+
+
 def test_contrast_alone_has_no_masked_branch(batch: Batch) -> None:
     from dataclasses import replace
 
