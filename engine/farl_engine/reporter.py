@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farl_engine.data.stages import ADVICE, loader_figures
 from farl_engine.metrics import device_peak_flops, memory_bytes
 from farl_engine.optim import FiniteGuard
 from farl_engine.run import Run
+
+# A person is told of waiting for data from this share of the time on.
+TOLD_WAIT = 0.03
 
 
 class Reporter:
@@ -33,6 +37,8 @@ class Reporter:
         self._pending: tuple[dict[str, Any], list[str], Callable[[], list[float]]] | None = None
         self._interval_began = time.monotonic()
         self._interval_first_step = run.start_step
+        # "step" has nothing to be done about.
+        self._advised = {"step"}
         self.data_seconds = 0.0
         self.found: tuple[int, bool] | None = None
 
@@ -49,7 +55,7 @@ class Reporter:
             "data_wait_fraction": round(self.data_seconds / seconds, 4),
             "mfu": self._mfu(pairs_per_second),
             "memory_bytes": memory_bytes(run.world.device),
-            "loader_seconds": {stage: round(value, 4) for stage, value in run.loader.stage_times().items()},
+            "loader": loader_figures(run.loader.stage_times(), seconds),
         }
         self._interval_began, self._interval_first_step, self.data_seconds = time.monotonic(), step, 0.0
         self.flush()
@@ -70,15 +76,27 @@ class Reporter:
         record = {"step": step, **dict(zip(names, numbers[: len(names)], strict=True)), **record}
         record["bad_samples"] = int(record["bad_samples"])
         self._tell(record, lambda: self._run.progress.show(step, _one_line(record)))
+        self._advise(record)
 
     def report_evaluation(self, step: int, figures: dict[str, Any] | None) -> None:
         if figures is None:
             return
-        # The time of an evaluation is not the time of a step.
+        # The time of an evaluation is not the time of a step, nor is what the loader did meanwhile.
+        self._run.loader.stage_times()
         self._interval_began, self._interval_first_step, self.data_seconds = time.monotonic(), step, 0.0
         shown = "  ".join(f"{name} {value:.1%}" for name, value in figures.items() if name.endswith("_r1"))
         line = f"evaluation after step {step}: {shown}"
         self._tell({"step": step, "eval": figures}, lambda: self._run.progress.say(line))
+
+    def _advise(self, record: dict[str, Any]) -> None:
+        """Say what to do about a stage that holds training up, once; the first line holds the start, not a trend."""
+        stage = record["loader"]["bottleneck"]
+        first = record["step"] == self._run.start_step + 1
+        if first or stage in self._advised or record["data_wait_fraction"] < TOLD_WAIT:
+            return
+        self._advised.add(stage)
+        share = f"{record['data_wait_fraction']:.0%} of the time"
+        self._run.progress.say(f"training waits for data {share}, and most of it is {stage}: {ADVICE[stage]}")
 
     def _tell(self, record: dict[str, Any], show: Callable[[], None]) -> None:
         """To the log and to the person; a full disk or a reader who left is noted for the ranks to agree on."""
@@ -116,7 +134,8 @@ def _one_line(record: dict[str, Any]) -> str:
     parts += [f"{key.removeprefix('loss_')} {record[key]:.3f}" for key in record if key.startswith("loss_")]
     parts += [f"{key.removeprefix('accuracy_')} {record[key]:.1%}" for key in record if key.startswith("accuracy_")]
     parts.append(f"{record['pairs_per_second']:.0f} pairs/s")
-    parts.append(f"data wait {record['data_wait_fraction']:.0%}")
+    if record["data_wait_fraction"] >= TOLD_WAIT:
+        parts.append(f"data wait {record['data_wait_fraction']:.0%} ({record['loader']['bottleneck']})")
     if record["mfu"] is not None:
         parts.append(f"mfu {record['mfu']:.0%}")
     parts.append(f"{record['memory_bytes'] / 2**30:.1f} GiB")

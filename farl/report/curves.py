@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from farl.report.style import BLUE, GREEN, MUTED, ORANGE, VIOLET, look, save
+from farl.report.style import BLUE, GREEN, INK, MUTED, ORANGE, VIOLET, look, save
+from farl_engine.data.stages import STAGES
 
 Record = dict[str, Any]
 COLUMNS = 4
@@ -57,8 +58,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
+    """Curves that belong together; `areas` are stacked under them."""
+
     title: str
     curves: Sequence[Curve]
+    areas: Sequence[Curve] = ()
     held_out: bool = False
     scale: str = "linear"
     unit: str = ""  # "percent", "thousands", "power" or nothing
@@ -71,6 +75,19 @@ def _key(name: str, factor: float = 1.0) -> Callable[[Record], float | None]:
         if not isinstance(number, (int, float)) or not math.isfinite(number):
             return None
         return factor * number
+
+    return value
+
+
+def _waited_for(stage: str) -> Callable[[Record], float | None]:
+    """The part of the time waited that falls to a stage: as large as its part of what the loader did meanwhile."""
+
+    def value(record: Record) -> float | None:
+        loader, waited = record.get("loader"), _key("data_wait_fraction")(record)
+        if waited is None or not isinstance(loader, dict):
+            return None
+        busy = sum(_key(name)(loader) or 0.0 for name in STAGES)
+        return waited * (_key(stage)(loader) or 0.0) / busy if busy else 0.0
 
     return value
 
@@ -117,7 +134,17 @@ def _panels(global_batch: int | None) -> list[Panel]:
         Panel("Gradient norm", [Curve(_key("grad_norm"), color=GREEN)], scale="log"),
         Panel("Learning rate", [Curve(_key("lr"), color=GREEN)], unit="power", smooth=False),
         Panel("Pairs a second", [Curve(_key("pairs_per_second"), color=ORANGE)], unit="thousands"),
-        Panel("Time spent waiting for data", [Curve(_key("data_wait_fraction"), color=ORANGE)], unit="percent"),
+        Panel(
+            "Time waiting for data, by stage",
+            [Curve(_key("data_wait_fraction"), color=INK, width=1.2)],
+            areas=[
+                Curve(_waited_for("read"), "reading", GREEN),
+                Curve(_waited_for("decode"), "decoding", ORANGE),
+                Curve(_waited_for("text"), "text", VIOLET),
+                Curve(_waited_for("device_decode"), "decoding on the GPU", BLUE),
+            ],
+            unit="percent",
+        ),
     ]
 
 
@@ -170,6 +197,13 @@ def _points(curve: Curve, records: Sequence[Record]) -> tuple[np.ndarray, np.nda
 
 def _draw(axes: Axes, panel: Panel, records: Sequence[Record]) -> None:
     axes.set_title(panel.title)
+    areas = [(curve, *_points(curve, records)) for curve in panel.areas]
+    # A stage that hardly ever takes a part would only lengthen the legend.
+    areas = [(curve, steps, part) for curve, steps, part in areas if part.size and part.max() > 0.005]
+    if areas:
+        smooth = running_mean if areas[0][1].size >= SMOOTH_FROM else np.asarray
+        parts, colors = [smooth(part) for *_, part in areas], [curve.color for curve, *_ in areas]
+        axes.stackplot(areas[0][1], parts, labels=[curve.label for curve, *_ in areas], colors=colors, alpha=0.55)
     values = []
     for curve in panel.curves:
         steps, numbers = _points(curve, records)
@@ -198,7 +232,7 @@ def _draw(axes: Axes, panel: Panel, records: Sequence[Record]) -> None:
     elif panel.unit == "power":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0e}".replace("e-0", "e-") if y else "0"))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if any(curve.label for curve in panel.curves):
+    if areas or any(curve.label for curve in panel.curves):
         axes.legend(loc="best", handlelength=1.4, borderaxespad=0.2)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,9 @@ def key_figures(training: Sequence[Record], evaluation: Sequence[Record]) -> lis
         if rates:
             waits = [r["data_wait_fraction"] for r in training[1:] or training if _finite(r.get("data_wait_fraction"))]
             note = f"{percent(sum(waits) / len(waits))} of the time waiting for data" if waits else ""
+            stages = Counter(r["loader"]["bottleneck"] for r in training[1:] if isinstance(r.get("loader"), dict))
+            stage = stages.most_common(1)[0][0] if stages else "step"
+            note += f", mostly for its {stage.replace('_', ' ')}" if note and stage != "step" else ""
             figures.append(("Pairs a second", f"{sorted(rates)[len(rates) // 2]:,.0f}", note))
         if _finite(last.get("mfu")) and last["mfu"] > 0:
             figures.append(("Model FLOPs utilisation", percent(last["mfu"]), "of the GPU's bf16 peak"))

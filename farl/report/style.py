@@ -13,6 +13,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from farl.report.text import families
+
 INK = "#1f2430"
 MUTED = "#7a8090"
 FAINT = "#e4e6ec"
@@ -53,7 +55,7 @@ _RC = {
 @contextlib.contextmanager
 def look() -> Iterator[None]:
     """Our settings of matplotlib inside, the caller's again outside."""
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(_RC | {"font.family": families()}):
         yield
 
 

@@ -47,7 +47,8 @@ class Points:
             raise BadDataError("too many bad samples; worst shard: a.tar")
 
     def stage_times(self) -> dict[str, float]:
-        return {"read": 0.25}
+        seconds = {"read": 0.25, "decode": 0.0, "text": 0.0, "device_decode": 0.0, "wait_for_batch": 0.0}
+        return seconds | {"threads": 2, "queue_depth": 3.0, "mean_queue_depth": 2.5}
 
 
 def make_run(folder: Path, world: World | None = None, *, start: int = 0, nan_at: int = -1, **changes: Any) -> Run:
@@ -126,7 +127,8 @@ def test_runs_to_the_end_logs_and_saves(tmp_path: Path) -> None:
     assert (
         last["pairs_per_second"] > 0
         and 0 <= last["data_wait_fraction"] <= 1
-        and last["loader_seconds"] == {"read": 0.25}
+        and last["loader"]["queue_depth"] == 2.5
+        and last["loader"]["bottleneck"] == "step"
     )
     assert abs(last["weight"] - 2) < abs(logged[0]["weight"] - 2)
     assert CheckpointStore(tmp_path / "checkpoints").steps() == [8, 16, 20]

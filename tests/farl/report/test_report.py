@@ -24,9 +24,10 @@ from farl.report import (
     write_page,
     write_report,
 )
-from farl.report.curves import running_mean
+from farl.report.curves import _panels, running_mean
 from farl.report.retrieval import spread_queries
 from farl.report.style import GREEN
+from farl.report.text import fitted
 from farl_engine.data import CpuDecoder, ShardIndex, ShardWriter
 
 Record = dict[str, Any]
@@ -102,6 +103,35 @@ def test_curves_show_what_the_log_has(tmp_path: Path) -> None:
     assert has_color(whole, "#3565c9") > 500 and has_color(whole, "#d9722b") > 500
     assert draw_curves([], [], tmp_path / "nothing.png") is None
     assert not (tmp_path / "nothing.png").exists()
+
+
+def test_time_waited_is_drawn_by_stage(tmp_path: Path) -> None:
+    loader = {"read": 0.1, "decode": 0.3, "text": 0.0, "device_decode": 0.0, "wait": 0.4, "bottleneck": "decode"}
+    lines = [{"step": step, "loss": 1.0, "data_wait_fraction": 0.4, "loader": loader} for step in (1, 50, 100)]
+    (waited,) = [panel for panel in _panels(None) if panel.areas]
+    assert {area.label: area.value(lines[0]) for area in waited.areas} == pytest.approx(
+        {"reading": 0.1, "decoding": 0.3, "text": 0.0, "decoding on the GPU": 0.0}
+    )
+    assert [area.value({"step": 1, "loss": 1.0, "data_wait_fraction": 0.4}) for area in waited.areas] == [None] * 4
+    pictures = []
+    for name, stage in (("decode", "decode"), ("read", "read")):
+        other = dict.fromkeys(loader, 0.0) | {stage: 0.4, "bottleneck": stage}
+        pictures.append(draw_curves([line | {"loader": other} for line in lines], [], tmp_path / f"{name}.png"))
+    assert pictures[0] is not None and pictures[1] is not None
+    assert not np.array_equal(pixels_of(pictures[0]), pixels_of(pictures[1]))
+    page = write_page(tmp_path / "index.html", title="a run", training=[x | {"pairs_per_second": 8.0} for x in lines])
+    assert "40 % of the time waiting for data, mostly for its decode" in page.read_text().replace("40.0", "40")
+
+
+def test_captions_are_fitted_into_lines() -> None:
+    assert fitted("a short one", 8, 3.0, 2) == "a short one"
+    long = fitted("a photograph of somebody with " * 20, 8, 1.75, 3)
+    assert long.count("\n") == 2 and long.endswith("…")
+    assert max(map(len, long.split("\n"))) < 40
+    assert fitted("word" * 60, 8, 1.0, 2).count("\n") == 1  # no blank to break at
+    assert fitted("tab\tand\x07bell", 8, 3.0, 1) == "tab and bell"
+    assert fitted("\U00013000\U00013001 here", 8, 3.0, 1) == "[Egyptian] here"  # no font has hieroglyphs
+    assert fitted("", 8, 1.0, 1) == ""
 
 
 def test_right_images_are_framed(tmp_path: Path) -> None:
