@@ -24,6 +24,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     with contextlib.suppress(RuntimeError):
         output_json["ceilings"] = ceilings.measured()
     output_json["not_measured"] = contest.NOT_MEASURED
+    output_json["facts"] = contest.FACTS
     # Neither the host's name nor its kernel says anything of the result; the flags of its CPU fill the file.
     info = output_json["machine_info"]
     for key in ("node", "release", "python_build"):

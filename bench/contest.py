@@ -30,6 +30,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 # Of this process: {"op", "shape", "mode", "contender", "reason"}; conftest.py writes it into the results.
 NOT_MEASURED: list[dict[str, str]] = []
+# What was found besides times: {"op", "text"} and, where it helps, "data"; the report prints the text with the op.
+FACTS: list[dict[str, Any]] = []
 
 
 # The benchmark after which no CUDA call works any more, and nobody's time can be taken.

@@ -21,6 +21,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=0.0, help="for all sections together; default: no limit")
     parser.add_argument("--section-minutes", type=float, default=SECTION_MINUTES, help="at most, for one section")
     parser.add_argument("--tests", nargs="+", default=(), help="files or folders instead of tests/kernels")
+    parser.add_argument("--photographs", type=Path, help="tar of photographs on which to compare decoders")
     parser.add_argument("--match", help="pytest's -k for the benchmarks and tests")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.sections if name not in NAMES]
@@ -106,6 +108,8 @@ def environment_of(options: argparse.Namespace) -> dict[str, str]:
     environment["PYTHONPATH"] = os.pathsep.join([*map(str, paths), environment.get("PYTHONPATH", "")]).rstrip(
         os.pathsep
     )
+    if options.photographs:
+        environment["FARL_PHOTOGRAPHS"] = str(options.photographs.resolve())
     if options.commit:
         environment["FARL_COMMIT"] = options.commit
     if options.device == "cpu":
@@ -195,7 +199,14 @@ def run(section: str, command: list[str], environment: dict[str, str], log: Path
     end, told = time.time() + seconds, time.time()
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A shell lets what it starts with `&` ignore SIGINT, and children inherit that: `stop` sends it.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         while process.poll() is None:
             if time.time() > end:

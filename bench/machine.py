@@ -24,6 +24,8 @@ PACKAGES = (
         "memeff",
         "inf-cl",
         "nvidia-cudnn-cu13",
+        "nvidia-dali-cuda130",
+        "nvidia-dali-cuda120",
         "pytest-benchmark",
     ),
 )

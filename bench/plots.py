@@ -87,7 +87,8 @@ def bar_panel(panel: Axes, results: Results, op: str, shape: str) -> None:
     panel.invert_yaxis()
     panel.grid(False)
     panel.spines[["bottom", "left"]].set_visible(False)
-    head = "" if op in ("whole step", "loader") else f", {MODE_HEADS[mode]}"
+    passes = not op.startswith(("whole step", "loader", "decoding"))
+    head = f", {MODE_HEADS[mode]}" if passes else ""
     panel.set_title(shape + head, fontsize=9, fontweight="normal", color=MUTED)
 
 

@@ -41,6 +41,9 @@ python -m bench.report                           # draws this page
 - "Of the ceiling" is the least time that the machine needs by its own measured copy bandwidth and matrix products (each
   input read once, each output written once, the products that the formula has), divided by the time taken. On a CPU
   only products count, because what is measured there fits into its caches.
+- Loaders and decoders are timed in turns, each started afresh for every round and measured once its workers are under
+  way. "Time over ours" is the median of the ratios to the first row's contender within a round (to a load split of 0.65
+  for decoding), with the smallest and the largest: of seven rounds these hold the median with 98 % confidence.
 - Peak memory is what one call takes beyond its inputs; for a whole step, all that PyTorch allocated.
 """
 GPU_MISSING = """
@@ -91,6 +94,8 @@ def page(results: Results, images: Path, beside: Path) -> list[str]:
             lines += [f"![{op}]({pictures[op].relative_to(beside).as_posix()})", ""]
         for shape in results.shapes(op):
             lines += table(results, op, shape)
+        facts = [f"- {text}" for text in results.facts.get(op, ())]
+        lines += [*facts, ""] if facts else []
         lines += missing(results, op)
     return lines
 

@@ -36,6 +36,7 @@ class Results:
         missing: the reason for each of those that has no time.
         machines: what each file says of its machine; ceilings: what it measured.
         checks: outcomes of tests, by file.
+        facts: op -> sentences, of the newest file that has any.
     """
 
     folder: Path
@@ -44,11 +45,12 @@ class Results:
     machines: dict[str, dict[str, Any]] = field(default_factory=dict)
     ceilings: dict[str, dict[str, Any]] = field(default_factory=dict)
     checks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    facts: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def ops(self) -> list[str]:
         """Operations in the order in which they were met."""
-        return list(dict.fromkeys(key[0] for key in [*self.times, *self.missing]))
+        return list(dict.fromkeys([*(key[0] for key in [*self.times, *self.missing]), *self.facts]))
 
     def shapes(self, op: str) -> list[str]:
         return list(dict.fromkeys(key[1] for key in [*self.times, *self.missing] if key[0] == op))
@@ -90,6 +92,7 @@ def load(folder: Path) -> Results:
         steps = [step for step in content.get("steps", []) if step["counts"] or step["status"] != "ok"]
         if steps and "benchmarks" not in content:
             results.checks[path.name] = steps
+        results.facts |= _facts(content)
         for left in content.get("not_measured", []):
             results.missing[_key(left)] = left["reason"]
         for benchmark in content.get("benchmarks", []):
@@ -101,6 +104,13 @@ def load(folder: Path) -> Results:
     for key in results.times:
         results.missing.pop(key, None)
     return results
+
+
+def _facts(content: dict[str, Any]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for fact in content.get("facts", []):
+        found.setdefault(fact["op"], []).append(fact["text"])
+    return found
 
 
 def _key(labels: dict[str, Any]) -> Key:

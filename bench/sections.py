@@ -125,6 +125,8 @@ def steps_of(name: str, cuda: bool, tests: tuple[str, ...] = ()) -> tuple[Step, 
         return (ceilings(),)
     if name == "pointwise":
         return suite(*POINTWISE)
+    if name == "loader":
+        return suite("decoding", "loader")
     checks = {
         "kernel_tests": (kernel_tests(cuda, tests),),
         "gpu_tests": (gpu_tests(cuda),),

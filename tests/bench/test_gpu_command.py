@@ -147,6 +147,12 @@ def test_processes_get_the_paths_the_commit_and_no_gpu() -> None:
     assert done.stdout.strip() == "c0ffee"
 
 
+def test_photographs_to_compare_decoders_on_are_handed_on(tmp_path: Path) -> None:
+    assert "FARL_PHOTOGRAPHS" not in gpu.environment_of(gpu.parse(["--out", "x"]))
+    environment = gpu.environment_of(gpu.parse(["--out", "x", "--photographs", str(tmp_path / "real.tar")]))
+    assert environment["FARL_PHOTOGRAPHS"] == str(tmp_path / "real.tar")
+
+
 def test_all_sections_together_write_no_more_than_eight_files() -> None:
     assert len(DEFAULT) + 1 <= 8 and set(DEFAULT) <= set(NAMES)
     for cuda in (True, False):

@@ -101,6 +101,25 @@ def test_the_page_has_provenance_tables_and_pictures(folder: Path, tmp_path: Pat
     assert f"![attention](images/{picture.name})" in text and picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_loaders_have_rates_ratios_and_facts(folder: Path, tmp_path: Path) -> None:
+    rows = [("farl_engine", 0.02, [1.0, 1.0, 1.0]), ("webdataset", 0.06, [3.0, 2.8, 3.25])]
+    benchmarks = []
+    for name, seconds, ratio in rows:
+        made = time(name, "both", seconds, pictures_per_second=32 / seconds, times_ours=ratio, floor_seconds=0.0)
+        made["extra_info"] |= {"op": "loader", "shape": "made"}
+        benchmarks.append(made)
+    facts = [{"op": "loader", "text": "Bad samples cost nothing."}, {"op": "decoding", "text": "Memory is flat."}]
+    write(folder / "loader.json", benchmarks, facts=facts)
+    lines = table(load(folder), "loader", "made")
+    assert lines[2] == "|  | time | pictures/s | time over ours, in turns | against the best peer |"
+    assert lines[5] == "| webdataset | 60 ms | 533 | 3.00 (2.80 to 3.25) | 1.00x |"
+    out = tmp_path / "docs" / "benchmarks.md"
+    report.main(["--results", str(folder.parent), "--out", str(out)])
+    text = out.read_text()
+    assert "- Bad samples cost nothing." in text.split("### Loader")[1]
+    assert "- Memory is flat." in text.split("### Decoding")[1]
+
+
 def test_without_a_gpu_the_page_says_so(tmp_path: Path) -> None:
     out = tmp_path / "benchmarks.md"
     assert report.main(["--results", str(tmp_path / "none"), "--out", str(out)]) == 0
