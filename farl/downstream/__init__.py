@@ -1,0 +1,1 @@
+"""Fine-tuning on face tasks: parsing, alignment, attributes."""
