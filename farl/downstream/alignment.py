@@ -22,7 +22,7 @@ from farl.downstream.heatmaps import centroids, gaussian_maps, to_normalised, to
 from farl.downstream.landmark_errors import EYE_CORNERS, LandmarkErrors
 from farl.downstream.task import LabelledSet, Sample, Split, TuneSettings
 from farl.downstream.upernet import DenseHead
-from farl.downstream.warp import RoiWarp, crop_box, crop_whole, random_similarity
+from farl.downstream.warp import RoiWarp, crop_box, crop_whole, image_to_device, random_similarity
 
 # FaRL's shifts (share of the side), rotations (radians) and scales of a crop in training, all uniform.
 SHIFT, ROTATION, SCALE = 0.05, 0.174, 0.1
@@ -178,7 +178,7 @@ class AlignmentTask:
             batch["points"] = to_normalised(warp.points(points), self.crop).float().to(device, non_blocking=True)
             if rng is None:
                 batch["original"] = [{key: sample[key] for key in sample if key != "image"} for sample in samples]
-        images = [_to_device(sample["image"], device).movedim(-1, 0).float() / 255 for sample in samples]
+        images = [image_to_device(sample["image"], device) for sample in samples]
         crops = warp.to(device).images(images, shrink=shrink)
         if rng is not None:
             crops = augment_colors(blend_noise(occlude(crops, rng), rng), rng)
@@ -305,8 +305,3 @@ def _points(sample: Sample, count: int) -> np.ndarray:
     if points.shape != (count, 2):
         raise ValueError(f"{sample['name']} has points of shape {list(points.shape)}; the task has {count}")
     return points
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    # A copy where needed: torch warns of arrays that cannot be written.
-    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device, non_blocking=True)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from farl.downstream.image_files import list_images, read_image
+from farl.downstream.image_files import check_present, list_images, read_image
 from farl.downstream.shard_members import ShardMembers, shards_of
 from farl.downstream.task import Sample, Split, fingerprint
 from farl.faces.shards import MANIFEST
@@ -231,7 +231,7 @@ def _open_300w(path: str, folder: Path, split: Split) -> AlignmentSet:
     lists = [folder / name for name in IBUG_CSV[split]]
     faces: list[Face] = []
     if any(file.is_file() for file in lists):
-        _check_present(lists)
+        check_present(lists)
         root = folder / "images" if (folder / "images").is_dir() else folder
         for file, subsets in zip(lists, IBUG_CSV[split].values(), strict=True):
             for name, (scale, x, y, *points) in _read_csv(file, 3 + 2 * 68):
@@ -319,7 +319,7 @@ def _of_faces(path: str, layout: str, points: int, faces: Sequence[Face], lists:
     if not faces:
         raise ValueError(f"{path} lists no face")
     images = sorted({face.image for face in faces})
-    _check_present(images)
+    check_present(images)
 
     def read(index: int) -> Sample:
         face = faces[index]
@@ -359,15 +359,6 @@ def _beside(folder: Path, points: list[Path]) -> list[tuple[Path, Path]]:
         if file.stem not in images:
             raise ValueError(f"{file} has no image of the same name beside it")
     return [(images[file.stem], file) for file in points]
-
-
-def _check_present(files: list[Path]) -> None:
-    """One look a folder; asking for each file takes minutes on a network disk."""
-    there = {file for folder in {file.parent for file in files} if folder.is_dir() for file in folder.iterdir()}
-    missing = [file for file in files if file not in there]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{missing[0]}{more} missing")
 
 
 def _files(files: list[Path]) -> list[tuple[str, int]]:

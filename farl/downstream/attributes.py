@@ -25,7 +25,15 @@ from farl.downstream.draw_attributes import draw_sheet
 from farl.downstream.draws import Draws
 from farl.downstream.task import LabelledSet, Sample, Split, TuneSettings
 from farl.downstream.upernet import BatchNorm
-from farl.downstream.warp import RoiWarp, align_to_points, crop_box, crop_whole, random_similarity, similarity
+from farl.downstream.warp import (
+    RoiWarp,
+    align_to_points,
+    crop_box,
+    crop_whole,
+    image_to_device,
+    random_similarity,
+    similarity,
+)
 
 Head = Literal["probe", "frozen", "full"]
 HEADS: tuple[Head, ...] = ("probe", "frozen", "full")
@@ -121,7 +129,7 @@ class AttributesTask:
             matrices = torch.where(mirrored[:, None, None], mirror @ matrices, matrices)
         warp = RoiWarp(matrices, self.crop)
         shrink = warp.shrink()
-        images = [_to_device(sample["image"], device).movedim(-1, 0).float() / 255 for sample in samples]
+        images = [image_to_device(sample["image"], device) for sample in samples]
         crops = warp.to(device).images(images, shrink=shrink)
         if rng is not None:
             gain = rng.uniform(1 - BRIGHTNESS, 1 + BRIGHTNESS).to(device)
@@ -293,8 +301,3 @@ def _partner(name: str) -> str | None:
 
 def _pairs(points: Sequence[Sequence[float]] | None) -> tuple[tuple[float, float], ...] | None:
     return None if points is None else tuple((x, y) for x, y in points)
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    # A copy where needed: torch warns of arrays that cannot be written.
-    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device, non_blocking=True)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from farl.downstream.sheet_text import fit
 from farl.downstream.task import Sample
 from farl.report.style import INK, MUTED, PAPER
 
@@ -48,7 +49,7 @@ def draw_sheet(
     for index, (sample, found, score) in enumerate(zip(samples, predictions, scores, strict=True)):
         x, y = GAP + index % per_row * step, TITLE + GAP + index // per_row * (step + TITLE)
         value = "" if math.isnan(score) else f"NME {100 * score:.2f} %   "
-        pen.text((x, y - 2), _fit(pen, value + str(sample["name"]).split("/")[-1], CELL, font), MUTED, font)
+        pen.text((x, y - 2), fit(pen, value + str(sample["name"]).split("/")[-1], CELL, font), MUTED, font)
         sheet.paste(draw_face(sample["image"], sample.get("points"), found), (x, y + TITLE - 4))
     return sheet
 
@@ -83,11 +84,3 @@ def draw_face(
         for x, y in spots:
             pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=color)
     return picture.resize((size, size), Image.Resampling.LANCZOS)
-
-
-def _fit(pen: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    if pen.textlength(text, font) <= width:
-        return text
-    while text and pen.textlength(text + "…", font) > width:
-        text = text[:-1]
-    return text + "…"

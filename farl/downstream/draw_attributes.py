@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from farl.downstream.sheet_text import fit
 from farl.downstream.task import Sample
 from farl.report.style import INK, MUTED, PAPER, RED
 
@@ -65,7 +66,7 @@ def draw_sheet(
         truth = sample["attributes"] if has_truth else None
         lines = answers(probabilities, truth, names)
         right = "" if truth is None or math.isnan(score) else f"{len(lines)} of {(~np.isnan(truth)).sum()} wrong   "
-        pen.text((left, top), _fit(pen, right + _short(str(sample["name"])), block - GAP, font), INK, font)
+        pen.text((left, top), fit(pen, right + _short(str(sample["name"])), block - GAP, font), INK, font)
         picture = Image.fromarray(sample["image"])
         scale = CELL / max(picture.size)
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
@@ -75,7 +76,7 @@ def draw_sheet(
             lines = [*lines[: LINES - 1], (f"and {len(lines) - LINES + 1} more", MUTED)]
         for place, (line, color) in enumerate(lines):
             y = top + TITLE - 4 + place * LINE
-            pen.text((left + CELL + GAP, y), _fit(pen, line, TEXT, font), color, font)
+            pen.text((left + CELL + GAP, y), fit(pen, line, TEXT, font), color, font)
     return sheet
 
 
@@ -125,11 +126,3 @@ def draw_accuracies(figures: Mapping[str, float | None], path: Path) -> Path:
 def _short(name: str) -> str:
     """The last part of a path."""
     return name.rsplit("/", 1)[-1]
-
-
-def _fit(pen: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    if pen.textlength(text, font) <= width:
-        return text
-    while text and pen.textlength(text + "…", font) > width:
-        text = text[:-1]
-    return text + "…"

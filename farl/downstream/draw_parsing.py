@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from farl.downstream.confusion import UNLABELLED
+from farl.downstream.sheet_text import fit
 from farl.downstream.task import Sample
 from farl.report.style import INK, MUTED, PAPER, RED
 
@@ -95,7 +96,7 @@ def draw_sheet(
         left = (index % per_row) * block + GAP
         y = top + TITLE + (index // per_row) * row_height
         value = "" if math.isnan(score) else f"mean F1 {100 * score:.1f}   "
-        pen.text((left, y), _fit(pen, value + _short(str(sample["name"])), block - 2 * GAP, font), MUTED, font)
+        pen.text((left, y), fit(pen, value + _short(str(sample["name"])), block - 2 * GAP, font), MUTED, font)
         for column, pixels in enumerate(_pictures(sample, prediction, len(classes), with_truth)):
             picture = Image.fromarray(pixels)
             scale = CELL / max(picture.size)
@@ -136,11 +137,3 @@ def _legend(classes: Sequence[str], width: int, font: ImageFont.ImageFont | Imag
 def _short(name: str) -> str:
     """The last two parts of a path."""
     return "/".join(name.split("/")[-2:])
-
-
-def _fit(pen: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    if pen.textlength(text, font) <= width:
-        return text
-    while text and pen.textlength(text + "…", font) > width:
-        text = text[:-1]
-    return text + "…"

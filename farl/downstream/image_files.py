@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,18 @@ def check_same_size(image: NDArray[np.uint8], mask: NDArray[np.uint8], name: str
             f"{name}: the image is {width} x {height} pixels (upright, as EXIF says) but its mask {columns} x {rows}; "
             "a mask has a class number for each pixel of its image"
         )
+
+
+def check_present(files: Sequence[Path], hint: str = "") -> None:
+    """ValueError, with the first one that is missing and `hint`, where not all are there.
+
+    One look a folder; asking for each file takes minutes on a network disk.
+    """
+    there = {file for folder in {file.parent for file in files} if folder.is_dir() for file in folder.iterdir()}
+    missing = [file for file in files if file not in there]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{missing[0]}{more} missing{hint}")
 
 
 def _load(source: Path | bytes, name: str) -> Image.Image:

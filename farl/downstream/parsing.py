@@ -21,7 +21,15 @@ from farl.downstream.draws import Draws
 from farl.downstream.parsing_data import ParsingSet, check_labels, open_parsing_set
 from farl.downstream.task import LabelledSet, Sample, Split, TuneSettings
 from farl.downstream.upernet import DenseHead
-from farl.downstream.warp import RoiWarp, align_to_points, crop_box, crop_whole, random_similarity
+from farl.downstream.warp import (
+    RoiWarp,
+    align_to_points,
+    crop_box,
+    crop_whole,
+    image_to_device,
+    random_similarity,
+    to_device,
+)
 
 # FaRL's shifts (share of the side), rotations (radians) and scales of a crop in training.
 SHIFT, ROTATION, SCALE = 0.01, 0.314, 0.1
@@ -90,7 +98,7 @@ class ParsingTask:
         warp = RoiWarp(matrices, self.crop, self.warp)
         shrink = warp.shrink() if self.antialias else None
         warp = warp.to(device)
-        images = [_to_device(sample["image"], device).movedim(-1, 0).float() / 255 for sample in samples]
+        images = [image_to_device(sample["image"], device) for sample in samples]
         crops = warp.images(images, shrink=shrink)
         batch: dict[str, Any] = {
             "images": crops if rng is None else augment_colors(crops, rng),
@@ -100,7 +108,7 @@ class ParsingTask:
         if all("mask" in sample for sample in samples):
             for sample in samples:
                 check_labels(sample["mask"], len(self.classes), sample["name"])
-            masks = [_to_device(sample["mask"], device) for sample in samples]
+            masks = [to_device(sample["mask"], device) for sample in samples]
             batch["labels"] = warp.labels(masks).long()
             if rng is None:
                 batch["masks"] = masks
@@ -209,11 +217,6 @@ def _matrix(sample: Sample, crop: int) -> Tensor:
         box = torch.from_numpy(np.asarray(sample["box"], np.float64))[None]
         return crop_box(box, crop, scale=BOX_SCALE, square=True)
     return crop_whole([sample["image"].shape[:2]], crop)
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    # A copy where needed: torch warns of arrays that cannot be written.
-    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device, non_blocking=True)
 
 
 def _to_crop(outputs: Tensor, size: int) -> Tensor:

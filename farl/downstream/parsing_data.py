@@ -19,7 +19,7 @@ from PIL import Image
 
 from farl.downstream.confusion import UNLABELLED
 from farl.downstream.face_points import five_points, read_points
-from farl.downstream.image_files import check_same_size, list_images, read_image, read_mask
+from farl.downstream.image_files import check_present, check_same_size, list_images, read_image, read_mask
 from farl.downstream.shard_members import ShardMembers, shards_of
 from farl.downstream.task import Sample, Split, fingerprint
 from farl.faces.face import CLASSES as LAPA_CLASSES
@@ -39,6 +39,7 @@ LAPA_FOLDERS = ("images", "labels", "landmarks")
 MASK_MEMBER = "mask.png"
 CLASSES_FILE = "classes.txt"
 _SCAN_THREADS = 8
+_EACH = ": each image needs its own file there"
 
 
 class ParsingSet:
@@ -151,7 +152,7 @@ def _open_lapa(path: str, folder: Path) -> ParsingSet:
     stems = [image.stem for image in images]
     labels = [folder / "labels" / f"{stem}.png" for stem in stems]
     landmarks = [folder / "landmarks" / f"{stem}.txt" for stem in stems]
-    _check_present(labels + landmarks)
+    check_present(labels + landmarks, _EACH)
 
     def read(index: int) -> Sample:
         points = five_points(read_points(landmarks[index]), str(landmarks[index]))
@@ -164,7 +165,7 @@ def _open_lapa(path: str, folder: Path) -> ParsingSet:
 def _open_celebamask(path: str, folder: Path, split: Split) -> ParsingSet:
     numbers = _celebamask_split(folder, split)
     images = [folder / "CelebA-HQ-img" / f"{number}.jpg" for number in numbers]
-    _check_present(images)
+    check_present(images, _EACH)
     parts = folder / "CelebAMask-HQ-mask-anno"
 
     def files_of(number: int) -> dict[str, Path]:
@@ -212,10 +213,10 @@ def _celebamask_split(folder: Path, split: Split) -> list[int]:
 def _open_folder(path: str, folder: Path, split: Split) -> ParsingSet:
     images = _images(folder / "images")
     masks = [folder / "masks" / f"{image.stem}.png" for image in images]
-    _check_present(masks)
+    check_present(masks, _EACH)
     sidecar = next((name for name in ("points", "boxes") if (folder / name).is_dir()), None)
     sides = [folder / sidecar / f"{image.stem}.txt" for image in images] if sidecar else []
-    _check_present(sides)
+    check_present(sides, _EACH)
 
     def read(index: int) -> Sample:
         crop: dict[str, Any] = {}
@@ -324,15 +325,6 @@ def _images(folder: Path) -> list[Path]:
     if not images:
         raise ValueError(f"{folder} holds no image")
     return images
-
-
-def _check_present(files: list[Path]) -> None:
-    """One look a folder; asking for each file takes minutes on a network disk."""
-    there = {file for folder in {file.parent for file in files} if folder.is_dir() for file in folder.iterdir()}
-    missing = [file for file in files if file not in there]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{missing[0]}{more} missing: each image needs its own file there")
 
 
 def _files(root: Path, files: list[Path]) -> list[tuple[str, int]]:

@@ -10,8 +10,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from farl.downstream.draws import Draws
@@ -279,3 +281,14 @@ def _groups(keys: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]
     for i, key in enumerate(keys):
         groups[tuple(map(int, key))].append(i)
     return groups
+
+
+def to_device(array: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """The same values as a tensor on `device`."""
+    # A copy where needed: torch warns of arrays that cannot be written.
+    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device, non_blocking=True)
+
+
+def image_to_device(image: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """uint8 [H, W, 3] to float [3, H, W] in 0..1 on `device`, as `RoiWarp.images` takes it."""
+    return to_device(image, device).movedim(-1, 0).float() / 255

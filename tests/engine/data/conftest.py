@@ -64,6 +64,16 @@ def tools() -> tuple[Callable[..., bytes], Callable[..., Image.Image], Callable[
     return encode, picture, write_tar
 
 
+@pytest.fixture(name="encode")
+def _encode() -> Callable[..., bytes]:
+    return encode
+
+
+@pytest.fixture(name="picture")
+def _picture() -> Callable[..., Image.Image]:
+    return picture
+
+
 class FlakyServer(ThreadingHTTPServer):
     """Serves `files` (path -> bytes); `faults` maps a path to what its next requests meet instead."""
 

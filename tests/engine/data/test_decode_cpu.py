@@ -35,16 +35,6 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a.astype(int) - b.astype(int)).mean())
 
 
-@pytest.fixture
-def encode(tools):
-    return tools[0]
-
-
-@pytest.fixture
-def picture(tools):
-    return tools[1]
-
-
 @pytest.mark.parametrize("size", [(64, 64), (250, 250), (90, 170), (300, 33), (33, 33)])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 40}])
 def test_jpeg_equals_pillow(encode, picture, size, options):

@@ -37,16 +37,6 @@ PLAN = CropPlan(scale=(0.5, 1.0), color_jitter=0.2)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture
-def encode(tools):
-    return tools[0]
-
-
-@pytest.fixture
-def picture(tools):
-    return tools[1]
-
-
 def take(index: ShardIndex, decoder: object, steps: int = 4, global_batch: int = 16, **options: object):
     """All batches of a loader, and the loader."""
     order = SampleOrder(len(index), global_batch, seed=5)

@@ -23,16 +23,6 @@ from farl_engine.data.bad_data import CAUSES
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 
-@pytest.fixture
-def encode(tools):
-    return tools[0]
-
-
-@pytest.fixture
-def picture(tools):
-    return tools[1]
-
-
 def verdict(data: bytes) -> str:
     """ "ok", or the cause; anything but BadImage fails the test, and so does a file that takes long."""
     start = time.thread_time()

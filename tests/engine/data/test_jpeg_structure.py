@@ -17,16 +17,6 @@ from farl_engine.data.jpeg_structure import plain_jpeg_size
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 
-@pytest.fixture
-def encode(tools):
-    return tools[0]
-
-
-@pytest.fixture
-def picture(tools):
-    return tools[1]
-
-
 def exif(orientation: int | None = None) -> Image.Exif:
     tags = Image.Exif()
     tags[0x010F] = "a camera"
