@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import importlib
 import io
 import os
 import re
@@ -88,6 +89,15 @@ def fail_usage(prog: str, problem: str) -> NoReturn:
     if process_rank() == 0:
         print(f"{prog}: {problem}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def main_of(module: str) -> Callable[[list[str]], int | None]:
+    """The `main` of a module, imported when it is called, so that no command waits for the imports of the others."""
+
+    def call(argv: list[str]) -> int | None:
+        return importlib.import_module(module).main(argv)
+
+    return call
 
 
 def subcommand(
