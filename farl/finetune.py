@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -100,7 +101,7 @@ class FinetuneOptions:
     """Parsing: factor of the RoI tanh-warp, 0 to 1."""
     head: str | None = None
     """Attributes: probe (a linear layer on the last class token), frozen (a head over all blocks), or full (that head,
-    and the backbone trained)."""
+    and the backbone trained). Parsing, alignment: upernet (FaRL's), or linear (a linear layer on each patch)."""
 
     device: str = "auto"
     """cpu, cuda, or auto."""
@@ -121,6 +122,8 @@ class FinetuneOptions:
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise ValueError(f"{_flag(name)} is {value}; it must be {smallest} or more")
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed is {self.seed}; it must be less than 2^32")
         if not 0 < self.train_fraction <= 1:
             raise ValueError(f"--train-fraction is {self.train_fraction}; it must be more than 0 and at most 1")
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -158,6 +161,7 @@ def finetune(name: str, options: FinetuneOptions) -> dict[str, Any] | None:
     """
     from farl.downstream.job import Job
     from farl.downstream.network import task_module
+    from farl.downstream.overlap import samples_in_both
     from farl.downstream.tune_report import result_table
     from farl.downstream.tuner import tune
     from farl_engine import distributed
@@ -200,7 +204,13 @@ def finetune(name: str, options: FinetuneOptions) -> dict[str, Any] | None:
         f"{name} from {options.init}: {used:,} of {len(train):,} images of {train.about()['layout']}, "
         f"{job.total_steps:,} steps of {job.settings.batch} on {world.size} x {world.device}, run folder {run_dir}",
     )
+    in_both = samples_in_both(train, test)
+    if in_both and world.is_main:
+        warning = f"{in_both:,} of {len(test):,} test samples are in --train too: figures say little about new faces"
+        print(f"{PROG} {name}: warning: {warning}; give another --test", file=sys.stderr, flush=True)
     result = tune(job, world)
+    if result is not None:
+        result |= {"train_is_test": in_both == len(test), "test_samples_in_train": in_both}
     if result is not None and world.is_main:
         text = json.dumps(result, indent=2, allow_nan=False) + "\n"
         for path in filter(None, (str(run_dir / "result.json"), options.json)):

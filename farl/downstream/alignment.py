@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from farl.downstream.alignment_data import AFLW_SUBSETS, IBUG_SUBSETS, WFLW_SUBSETS, AlignmentSet, open_alignment_set
 from farl.downstream.backbone import Backbone
 from farl.downstream.color_augment import augment_colors
+from farl.downstream.dense_head import Kind, check_kind, make_dense_head
 from farl.downstream.draw_alignment import draw_sheet
 from farl.downstream.draws import Draws
 from farl.downstream.heatmaps import centroids, gaussian_maps, to_normalised, to_pixels
 from farl.downstream.landmark_errors import EYE_CORNERS, LandmarkErrors
 from farl.downstream.task import LabelledSet, Sample, Split, TuneSettings
-from farl.downstream.upernet import DenseHead
 from farl.downstream.warp import RoiWarp, crop_box, crop_whole, image_to_device, random_similarity
 
 # FaRL's shifts (share of the side), rotations (radians) and scales of a crop in training, all uniform.
@@ -114,11 +114,13 @@ class AlignmentTask:
         points: number of landmarks.
         layout: of the training set, which decides the protocol.
         crop: side of the crops in pixels.
+        head: FaRL's neck and UPerNet, or one linear layer.
     """
 
     points: int
     layout: str
     crop: int
+    head: Kind = "upernet"
 
     name = "alignment"
     higher_is_better = False
@@ -144,15 +146,9 @@ class AlignmentTask:
         return dataclasses.asdict(self)
 
     def make_head(self, backbone: Backbone) -> nn.Module:
-        """FaRL's: neck and UPerNet with a map for each landmark."""
-        if len(backbone.blocks) != 4:
-            raise ValueError(f"alignment reads 4 blocks, not {len(backbone.blocks)}: name 4 with --blocks, or none")
-        channels = min(self.rules.channels, backbone.width)
-        head = DenseHead(backbone.width, backbone.patch_size, self.points, channels=channels)
-        bias = head.head.classifier.bias
-        assert bias is not None
-        nn.init.constant_(bias, self.rules.start)
-        return head
+        """A map for each landmark; see `make_dense_head`."""
+        rules = self.rules
+        return make_dense_head(self.head, backbone, self.points, channels=rules.channels, start=rules.start)
 
     def batch(self, samples: list[Sample], device: torch.device, *, rng: Draws | None) -> dict[str, Any]:
         """Crops, and labels where the samples have points.
@@ -273,15 +269,16 @@ def open_set(path: str, *, split: Split) -> AlignmentSet:
     return open_alignment_set(path, split=split)
 
 
-def make_task(train: LabelledSet, *, crop: int | None = None) -> AlignmentTask:
+def make_task(train: LabelledSet, *, crop: int | None = None, head: str | None = None) -> AlignmentTask:
     """The task of a set, as FaRL has it for AFLW-19, 300W and WFLW.
 
     Args:
         crop: side of the crops in pixels; None takes 512, or the size of drawn faces.
+        head: "upernet" (FaRL's; what None takes) or "linear".
     """
     about = train.about()
     default = about["image_size"] if about["layout"] == "faces" else TuneSettings.crop
-    return AlignmentTask(points=about["points"], layout=about["layout"], crop=crop or default)
+    return AlignmentTask(points=about["points"], layout=about["layout"], crop=crop or default, head=check_kind(head))
 
 
 def restore_task(about: dict[str, Any]) -> AlignmentTask:

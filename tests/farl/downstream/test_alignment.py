@@ -252,7 +252,7 @@ def test_protocol_of_drawn_faces(tmp_path: Path) -> None:
     assert (task.crop, task.points, task.protocol.resolution) == (48, 68, 64)
     assert task.main_metric == "nme_diagonal"
     assert make_task(Told(layout="folder", points=5), crop=64).protocol.crop == 64  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="alignment reads 4 blocks, not 2"):
+    with pytest.raises(ValueError, match="UPerNet head reads 4 blocks, not 2"):
         task.make_head(load_backbone("scratch:farl-micro", resolution=48, blocks=(0, 1)))
 
 

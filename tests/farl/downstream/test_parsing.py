@@ -15,7 +15,14 @@ from torch import Tensor
 from farl.downstream.backbone import load_backbone
 from farl.downstream.draws import Draws
 from farl.downstream.network import Network
-from farl.downstream.parsing import ParsingTask, make_task, open_set, original_logits, restore_task
+from farl.downstream.parsing import (
+    ParsingTask,
+    balanced_weights,
+    make_task,
+    open_set,
+    original_logits,
+    restore_task,
+)
 from farl.downstream.warp import random_similarity
 from farl.faces.face import CLASSES, draw
 from farl.faces.shards import FaceSet, write_faces
@@ -131,6 +138,22 @@ def test_the_loss_is_cross_entropy_at_the_size_of_the_crop(samples: list[dict[st
     assert task.loss(outputs.bfloat16(), batch)["loss"].dtype == torch.float32
 
 
+def test_rare_classes_weigh_more_in_the_small_protocol(samples: list[dict[str, Any]]) -> None:
+    # Shares 4/6 and 2/6 of the labelled pixels: weights in the ratio 1 to sqrt(2), which add up to 6 over the pixels.
+    labels = torch.tensor([[0, 0, 0, 0], [2, 2, 255, 255]])
+    unit = 6 / (4 + 2 * math.sqrt(2))
+    torch.testing.assert_close(balanced_weights(labels, 4), torch.tensor([unit, 0.0, unit * math.sqrt(2), 0.0]))
+    assert balanced_weights(torch.full((2, 2), 255), 4).tolist() == [0.0] * 4
+
+    outputs = torch.randn(len(samples), 11, 32, 32, generator=torch.Generator().manual_seed(0))
+    for small in (False, True):
+        task = ParsingTask(CLASSES, warp=0.0, crop=32, small=small)
+        batch = task.batch(samples, CPU, rng=None)
+        each = F.cross_entropy(outputs, batch["labels"], reduction="none")
+        weights = balanced_weights(batch["labels"], 11)[batch["labels"]] if small else torch.ones_like(each)
+        torch.testing.assert_close(task.loss(outputs, batch)["loss"], (weights * each).mean())
+
+
 def test_pixels_without_a_label_count_nowhere(samples: list[dict[str, Any]]) -> None:
     half = samples[0]["mask"].copy()
     half[:, 32:] = 255
@@ -209,7 +232,7 @@ def test_a_few_steps_learn_to_tell_face_from_background() -> None:
     network = Network(backbone, task.make_head(backbone)).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
     losses = []
-    for step in range(25):
+    for step in range(40):
         batch = task.batch(samples, CPU, rng=Draws((step, i) for i in range(8)))
         loss = task.loss(network(batch["images"]), batch)["loss"]
         optimizer.zero_grad()
