@@ -34,7 +34,9 @@ class TrainConfig:
     """Targets of the masked patches: "codebook" (fitted on the run's own data), "dalle:FILE.safetensors", or
     "cache:DIR" of farl.data tokenize."""
     mim_weight: float = 1.0
-    """Weight of the masked-image loss beside the contrastive loss; 0 turns the masked branch off."""
+    """Weight of the masked-image loss; 0 turns the masked branch off."""
+    contrastive_weight: float = 1.0
+    """Weight of the contrastive loss; 0 trains masked image modelling alone and leaves the text tower as it is."""
     mask_ratio: float = MASK_RATIO
     """Largest share of patches to mask (block-wise sampling may mask fewer)."""
     crop_scale: float = 0.9
@@ -67,6 +69,9 @@ class TrainConfig:
     """Largest norm of the gradient; 0 does not clip."""
     precision: str = "auto"
     """Arithmetic of the towers: fp32, bf16, or auto (bf16 on a GPU, fp32 on a CPU). Weights stay fp32."""
+    engine: str = "fused"
+    """How the same step is computed: fused (the fastest op for each machine), or plain ops, eager or through
+    torch.compile, to compare it with; their memory grows with the square of a process's caption tokens."""
     checkpoint_activations: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
 
@@ -102,7 +107,8 @@ class TrainConfig:
         positive = {"steps", "global_batch", "lr", "log_every", "timeout"}
         not_negative = {
             *("stop_at", "micro_batch", "lr_final", "warmup", "weight_decay", "clip_grad", "threads", "eval_every"),
-            *("save_every", "save_minutes", "keep_last", "keep_every", "mim_weight", "seed"),
+            *("save_every", "save_minutes", "keep_last", "keep_every", "seed"),
+            *("mim_weight", "contrastive_weight"),
         }
         for name in sorted(positive | not_negative):
             value = getattr(self, name)
@@ -118,10 +124,14 @@ class TrainConfig:
             raise ValueError(f"--beta2 is {self.beta2}; it must be 0 or more and less than 1")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"--precision is {self.precision!r}; use auto, fp32 or bf16")
+        if self.engine not in ("fused", "compile", "eager"):
+            raise ValueError(f"--engine is {self.engine!r}; use fused, compile or eager")
         if self.decoder not in ("auto", "dali", "cpu"):
             raise ValueError(f"--decoder is {self.decoder!r}; use auto, dali or cpu")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"--device is {self.device!r}; use auto, cpu or cuda")
+        if self.mim_weight == self.contrastive_weight == 0:
+            raise ValueError("--mim-weight and --contrastive-weight are both 0, so nothing is trained: raise one")
         if self.stop_at > self.steps:
             raise ValueError(f"--stop-at {self.stop_at} lies past --steps {self.steps}; lower it or leave it out")
         if self.warmup >= self.steps:

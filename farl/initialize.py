@@ -118,12 +118,21 @@ def fit_codebook(config: TrainConfig, index: ShardIndex, world: World) -> PatchC
 def build_model(config: TrainConfig, tokenizer: VisualTokenizer | None, saved: dict[str, Any] | None) -> FaRL:
     """The model of the checkpoint, of --init, or a new one drawn from --seed; the same on every rank.
 
+    With --contrastive-weight 0, what only the contrastive loss trains takes no gradient.
+
     Of an --init file with the masked branch its blocks are kept. The head is kept if it says DALL-E's tokens as those
     of --visual-tokens: a codebook is fitted anew for each run, and another one's head would start from wrong answers.
 
     Raises:
         ValueError: --init cannot be read as weights, or holds other sizes than --model.
     """
+    model = _model_with_weights(config, tokenizer, saved)
+    if config.contrastive_weight == 0:
+        model.train_masked_branch_alone()
+    return model
+
+
+def _model_with_weights(config: TrainConfig, tokenizer: VisualTokenizer | None, saved: dict[str, Any] | None) -> FaRL:
     if saved is not None:
         model = FaRL(ModelConfig.from_dict(saved["model_config"]))
         model.load_state_dict(saved["model"])

@@ -107,6 +107,8 @@ def pretrain(config: TrainConfig) -> None:
         say(world, f"JPEGs are decoded by DALI on {decoder.device}")
     if cache is not None:
         check_token_cache(config, cache, index, plan, decoder, world)
+    if held_out is not None and not config.contrastive_weight:
+        say(world, "no retrieval on --eval-data: --contrastive-weight 0 trains no text tower")
     log = None
     if world.is_main:
         log = MetricsLog(run_dir, resume_step=start_step, trackers=config.trackers)
@@ -155,19 +157,21 @@ def pretrain(config: TrainConfig) -> None:
             world,
             tokenizer,
             mim_weight=config.mim_weight,
+            contrastive_weight=config.contrastive_weight,
             mask_ratio=config.mask_ratio,
             seed=config.seed,
             autocast=bf16,
+            engine=config.engine,
         ),
-        after_update=lambda: clamp_logit_scale(model),
+        after_update=lambda: clamp_logit_scale(model) if config.contrastive_weight else {},
         snapshot=lambda step: snapshot(step, config, model, optimizer, tokenizer, index),
-        evaluate=evaluate if held_out is not None else None,
+        evaluate=evaluate if held_out is not None and config.contrastive_weight else None,
         store=store,
         log=log,
         progress=Progress(start=start_step, total=stop_at, enabled=world.is_main),
         schedule=schedule(config, stop_at),
         global_batch=config.global_batch,
-        flops_per_sample=training_flops(model.config, masked=max_masked),
+        flops_per_sample=training_flops(model.config, masked=max_masked, contrast=config.contrastive_weight > 0),
         start_step=start_step,
     )
     with loader:

@@ -70,6 +70,7 @@ def check_resumable(
     weights = {
         "model": (before["model"], now["model"]),
         "visual tokens": (_tokens_before(saved, cache), _tokens_now(config, cache)),
+        "contrastive loss": (_contrast(before), _contrast(now)),
     }
     pairs = dict(weights)
     if not config.allow_mismatch:
@@ -117,6 +118,11 @@ def _kind(tokenizer: VisualTokenizer | None) -> str | None:
     if tokenizer is None:
         return None
     return "codebook" if isinstance(tokenizer, PatchCodebook) else "dalle"
+
+
+def _contrast(settings: dict[str, Any]) -> str:
+    # Runs from before the option all had the loss.
+    return "on" if settings.get("contrastive_weight", 1.0) else "off (--contrastive-weight 0)"
 
 
 def _tokens_before(saved: dict[str, Any], cache: TokenCache | None) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,8 @@ from farl.tokenizer import pack
 from farl.tokens import VisualTokenizer
 from farl_engine.data import Batch
 from farl_engine.distributed import World
-from farl_kernels import contrastive_loss, gather_features, sample_block_masks
+from farl_kernels import contrastive_loss, gather_features, sample_block_masks, use_backend
+from farl_kernels.contrastive import GatheredFeatures
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,31 @@ def pack_parts(captions: list[str], micro_batch: int) -> TextParts:
     return TextParts(tuple(whole.part(slice(start, start + size)) for start in range(0, len(captions), size)))
 
 
+@dataclass(frozen=True)
+class FeatureGradient:
+    """Leaves at which the contrastive loss of a whole batch has left its gradient: what each micro-batch carries on.
+
+    Attributes:
+        image_features, text_features: [n, embed_dim], of all micro-batches.
+        logit_scale: 0-d.
+    """
+
+    image_features: Tensor
+    text_features: Tensor
+    logit_scale: Tensor
+
+    def carried(self, output: TrainingOutput, rows: slice, *, with_scale: bool) -> Tensor:
+        """A scalar with the gradient of the loss by way of `output`, the samples `rows` computed again.
+
+        The scale's gradient is whole already: it enters with one of the micro-batches.
+        """
+        image, text, scale = self.image_features.grad, self.text_features.grad, self.logit_scale.grad
+        assert image is not None and text is not None and scale is not None
+        assert output.image_features is not None and output.text_features is not None
+        carried = (output.image_features * image[rows]).sum() + (output.text_features * text[rows]).sum()
+        return carried + output.logit_scale * (scale if with_scale else 0.0)
+
+
 class TrainStep:
     """Callable on a `Batch`: leaves gradients on the parameters, returns this rank's shares of the figures to log.
 
@@ -81,8 +108,12 @@ class TrainStep:
         tokenizer: visual tokens for the masked branch, of batches that come without; None trains with the contrastive
             loss alone.
         mim_weight: weight of the masked-token loss.
+        contrastive_weight: weight of the contrastive loss; 0 computes neither it nor the text tower nor the clean
+            images, of a model that was told so (`FaRL.train_masked_branch_alone`).
         mask_ratio: largest share of patches to mask in an image.
         autocast: run the towers in bfloat16.
+        engine: "fused" takes the fastest backend of each op; "eager" the plain reference of each; "compile" those
+            under torch.compile, one graph of both towers for captions of all lengths. The losses are the same.
     """
 
     def __init__(
@@ -92,25 +123,39 @@ class TrainStep:
         tokenizer: VisualTokenizer | None,
         *,
         mim_weight: float,
+        contrastive_weight: float = 1.0,
         mask_ratio: float,
         seed: int,
         autocast: bool,
+        engine: str = "fused",
     ) -> None:
         self._network = network
         self._model: FaRL = network.module if isinstance(network, DistributedDataParallel) else network
         self._world = world
         self._tokenizer = tokenizer
         self._mim_weight = mim_weight
+        # DDP averages gradients over ranks: each rank's mean is right for the contrast, and the share of the masked
+        # loss, which is a sum over ranks, is scaled up by their number.
+        self._backward_weight = mim_weight * world.size
+        self._contrastive_weight = contrastive_weight
         self._max_masked, self._min_block = mask_sizes(self._model.config.vision.grid, mask_ratio)
         self._seed = seed
         self._autocast = autocast
+        self._backend = None if engine == "fused" else "reference"
+        self._compiled = engine == "compile"
+        if self._compiled:
+            # The call of the model alone: an evaluation encodes with the plain methods.
+            self._model.compile()
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         texts: tuple[PackedText, ...] = batch.text.parts
-        masks = self.sample_masks(batch) if self._tokenizer is not None else None
-        if len(texts) == 1:
-            return self._whole(batch.images, texts[0], masks)
-        return self._accumulate(batch.images, texts, masks)
+        if self._compiled:
+            texts = tuple(self._any_length(text) for text in texts)
+        with use_backend(self._backend) if self._backend else contextlib.nullcontext():
+            masks = self.sample_masks(batch) if self._tokenizer is not None else None
+            if len(texts) == 1:
+                return self._whole(batch.images, texts[0], masks)
+            return self._accumulate(batch.images, texts, masks)
 
     @torch.no_grad()
     def sample_masks(self, batch: Batch) -> Masks:
@@ -138,20 +183,33 @@ class TrainStep:
             kept = self._tokenizer(batch.images if batch.token_images is None else batch.token_images, positions)
         return Masks(mask, positions, kept, 1.0 / count.clamp(min=1.0))
 
-    def _forward(self, images: Tensor, text: PackedText, masks: Masks | None) -> TrainingOutput:
+    def _forward(
+        self, images: Tensor, text: PackedText, masks: Masks | None, *, exchange: bool = False
+    ) -> TrainingOutput:
+        captions = text if self._contrastive_weight else None
+        branch: dict[str, Any] = {"exchange": self._send} if exchange else {}
+        if masks is not None:
+            branch |= {"mask": masks.mask, "masked_positions": masks.positions, "targets": masks.targets}
         with self._precision():
-            if masks is None:
-                return self._network(images, text)
-            return self._network(images, text, mask=masks.mask, masked_positions=masks.positions, targets=masks.targets)
+            return self._network(images, captions, **branch)
+
+    def _any_length(self, text: PackedText) -> PackedText:
+        """The same captions, for which no graph is compiled anew when the next ones are longer or shorter."""
+        torch._dynamo.mark_dynamic(text.tokens, 0)
+        return replace(text, max_seqlen=self._model.text_config.context_length)
 
     def _whole(self, images: Tensor, text: PackedText, masks: Masks | None) -> dict[str, Tensor]:
-        output = self._forward(images, text, masks)
-        contrast, figures = self._contrast(output.image_features, output.text_features, output.logit_scale)
-        mim, mim_figures = self._mim(output, masks)
-        # DDP averages gradients over ranks: each rank's mean is right for the contrast, and the share of the masked
-        # loss, which is a sum over ranks, is scaled up by their number.
-        (contrast + self._mim_weight * self._world.size * mim).backward()
-        return self._figures(contrast, mim, figures | mim_figures)
+        output = self._forward(images, text, masks, exchange=True)
+        mim, figures = self._mim(output, masks)
+        loss = self._backward_weight * mim
+        contrast = torch.zeros((), device=self._world.device)
+        if self._contrastive_weight:
+            assert output.image_features is not None and output.gathered is not None
+            contrast, more = self._contrast(output.image_features, output.gathered, output.logit_scale)
+            loss = loss + self._contrastive_weight * contrast
+            figures = more | figures
+        loss.backward()
+        return self._figures(contrast, mim, figures)
 
     def _accumulate(self, images: Tensor, texts: tuple[PackedText, ...], masks: Masks | None) -> dict[str, Tensor]:
         """Exact gradients of the whole batch from micro-batches (gradient caching, Gao et al. 2021).
@@ -161,14 +219,18 @@ class TrainStep:
         """
         ends = list(itertools.accumulate(len(text) for text in texts))
         parts = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
-        with torch.no_grad(), self._precision():
-            outputs = [self._model(images[rows], part) for rows, part in zip(parts, texts, strict=True)]
-        image_features = torch.cat([output.image_features for output in outputs]).requires_grad_()
-        text_features = torch.cat([output.text_features for output in outputs]).requires_grad_()
-        logit_scale = outputs[0].logit_scale.detach().requires_grad_()
-        contrast, figures = self._contrast(image_features, text_features, logit_scale)
-        contrast.backward()
-        assert image_features.grad is not None and text_features.grad is not None and logit_scale.grad is not None
+        contrast, figures, gradient = torch.zeros((), device=self._world.device), {}, None
+        if self._contrastive_weight:
+            with torch.no_grad(), self._precision():
+                outputs = [self._model(images[rows], part) for rows, part in zip(parts, texts, strict=True)]
+            gradient = FeatureGradient(
+                torch.cat([output.image_features for output in outputs]).requires_grad_(),
+                torch.cat([output.text_features for output in outputs]).requires_grad_(),
+                outputs[0].logit_scale.detach().requires_grad_(),
+            )
+            gathered = self._send(gradient.text_features)
+            contrast, figures = self._contrast(gradient.image_features, gathered, gradient.logit_scale)
+            (self._contrastive_weight * contrast).backward()
 
         mims: list[Tensor] = []
         mim_figures: dict[str, Tensor] = {}
@@ -178,25 +240,24 @@ class TrainStep:
                 some = masks.part(rows) if masks is not None else None
                 output = self._forward(images[rows], part, some)
                 mim, counted = self._mim(output, some)
-                carried = (output.image_features * image_features.grad[rows]).sum()
-                carried = carried + (output.text_features * text_features.grad[rows]).sum()
-                # The scale's gradient is whole already: it enters once.
-                carried = carried + output.logit_scale * (logit_scale.grad if last else 0.0)
-                (carried + self._mim_weight * self._world.size * mim).backward()
+                loss = self._backward_weight * mim
+                if gradient is not None:
+                    loss = loss + gradient.carried(output, rows, with_scale=last)
+                loss.backward()
             mims.append(mim.detach())
             mim_figures = {name: mim_figures.get(name, 0) + value for name, value in counted.items()}
         return self._figures(contrast, torch.stack(mims).sum(), figures | mim_figures)
 
+    @staticmethod
+    def _send(text_features: Tensor) -> GatheredFeatures:
+        """Start sending these features to the other ranks."""
+        return gather_features(_unit(text_features))
+
     def _contrast(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor
+        self, image_features: Tensor, text: GatheredFeatures, logit_scale: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's mean of the contrastive loss over the global batch, and accuracies within it."""
-        # Normalised in fp32 at least; the exchange and the products then run in the dtype of the towers.
-        dtype = image_features.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        image = F.normalize(image_features.to(wide), dim=-1).to(dtype)
-        text = F.normalize(text_features.to(wide), dim=-1).to(dtype)
-        result = contrastive_loss(image, gather_features(text), logit_scale, return_metrics=True)
+        result = contrastive_loss(_unit(image_features), text, logit_scale, return_metrics=True)
         assert isinstance(result, tuple)
         loss, metrics = result
         figures = {
@@ -214,7 +275,7 @@ class TrainStep:
 
     def _figures(self, contrast: Tensor, mim: Tensor, others: dict[str, Tensor]) -> dict[str, Tensor]:
         contrast, mim = contrast.detach() / self._world.size, mim.detach()
-        loss = contrast + self._mim_weight * mim
+        loss = self._contrastive_weight * contrast + self._mim_weight * mim
         return {"loss": loss, "loss_contrastive": contrast, "loss_mim": mim, **others}
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
@@ -226,6 +287,12 @@ class TrainStep:
         if isinstance(self._network, DistributedDataParallel):
             return self._network.no_sync()
         return contextlib.nullcontext()
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Normalised in fp32 at least; the exchange and the products then run in the dtype of the towers."""
+    wide = torch.promote_types(features.dtype, torch.float32)
+    return F.normalize(features.to(wide), dim=-1).to(features.dtype)
 
 
 def clamp_logit_scale(model: FaRL, largest: float = 4.605170185988092) -> dict[str, Tensor]:

@@ -109,7 +109,8 @@ def train(run: Run) -> tuple[int, str | None]:
                 reporter.flush()
                 saver.save(step, background=True)
             if step % COLLECT_EVERY == 0:
-                gc.collect(1)
+                # Whole, which is quick: what there was before the first step is frozen and not looked at.
+                gc.collect()
             agreed = max(agreed, vote.cast(verdict()))
         reporter.flush()
         _raise_if_not_finite(run, guard.read(guard.state().tolist()), saver)

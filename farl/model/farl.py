@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from farl.model.config import ModelConfig
 from farl.model.mim import MaskedVisionTower
 from farl.model.text import PackedText, TextTower
 from farl.model.vision import VisionTower
+from farl_kernels.contrastive import GatheredFeatures
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,18 @@ class TrainingOutput:
     """What a training step needs of the model; features are not normalised.
 
     Attributes:
-        image_features, text_features: [n, embed_dim].
+        image_features, text_features: [n, embed_dim]; None for the masked branch alone.
         logit_scale: 0-d, exponentiated.
+        gathered: what `exchange` made of the text features; None without one.
         mim_hidden: [n*K, C], rows at `masked_positions` after `ln_lm`; None without a mask or with targets.
         mim_loss_sum, mim_correct, mim_count: 0-d; sum of cross-entropies over the masked patches of this batch, right
             predictions among them, and their number; None without targets.
     """
 
-    image_features: Tensor
-    text_features: Tensor
+    image_features: Tensor | None
+    text_features: Tensor | None
     logit_scale: Tensor
+    gathered: GatheredFeatures | None = None
     mim_hidden: Tensor | None = None
     mim_loss_sum: Tensor | None = None
     mim_correct: Tensor | None = None
@@ -53,50 +56,73 @@ class FaRL(TextTower):
     def forward(
         self,
         images: Tensor,
-        text: PackedText,
+        text: PackedText | None,
         *,
         mask: Tensor | None = None,
         masked_positions: Tensor | None = None,
         targets: Tensor | None = None,
+        exchange: Callable[[Tensor], GatheredFeatures] | None = None,
     ) -> TrainingOutput:
         """One training step's forward pass, without losses over the batch.
 
-        With `mask` every parameter takes part, so that DDP needs no search for unused ones. Without it (contrast
-        alone) the masked branch does not: train such a model with ``config.mim = None``.
+        With `mask` and `text` every parameter takes part, so that DDP needs no search for unused ones. Without a mask
+        (contrast alone) the masked branch does not: train such a model with ``config.mim = None``. Without text (masked
+        branch alone) neither the text tower nor the clean half of the images is computed: call
+        `train_masked_branch_alone` first.
 
         Args:
             images: uint8 [n, H, W, 3], or float [n, 3, H, W] already normalised.
-            text: n packed captions, on the same device.
+            text: n packed captions, on the same device; None for the masked branch alone.
             mask: bool [n, P], True = masked.
             masked_positions: int32 [n, K], the masked patches, padded with -1; required with `mask`.
             targets: int64 [n, K], visual tokens at `masked_positions`, -1 where padded.
+            exchange: sends the text features to the other ranks. Called before the image tower starts, so that they
+                travel while it runs, and their gradient while its backward pass runs.
 
         Raises:
-            ValueError: shapes or dtypes do not fit, or a mask is given to a model without the masked branch.
+            ValueError: shapes or dtypes do not fit, a mask is given to a model without the masked branch, or neither
+                text nor a mask is given.
         """
-        if len(images) != len(text):
+        if text is not None and len(images) != len(text):
             raise ValueError(f"{len(images)} images but {len(text)} captions")
-        # Text first: its features travel to the other ranks while the image tower runs.
-        text_features = self.encode_text_packed(text)
+        text_features = self.encode_text_packed(text) if text is not None else None
+        gathered = exchange(text_features) if exchange is not None and text_features is not None else None
         scale = self.logit_scale.exp()
         if mask is None:
             if masked_positions is not None or targets is not None:
                 raise ValueError("masked_positions and targets need a mask")
-            return TrainingOutput(self.visual(images), text_features, scale)
+            if text is None:
+                raise ValueError("neither captions nor a mask: there is nothing to train")
+            return TrainingOutput(self.visual(images), text_features, scale, gathered)
         if masked_positions is None:
             raise ValueError("a mask needs masked_positions")
         if not isinstance(self.visual, MaskedVisionTower):
             raise ValueError("the model has no masked branch (config.mim is None): give no mask")
-        image_features, hidden = self.visual.forward_masked(images, mask, masked_positions)
+        if text is None:
+            image_features, hidden = None, self.visual.forward_masked_alone(images, mask, masked_positions)
+        else:
+            image_features, hidden = self.visual.forward_masked(images, mask, masked_positions)
         if targets is None:
-            return TrainingOutput(image_features, text_features, scale, mim_hidden=hidden)
+            return TrainingOutput(image_features, text_features, scale, gathered, mim_hidden=hidden)
         if targets.shape != masked_positions.shape:
             wanted = list(masked_positions.shape)
             raise ValueError(f"targets must be {wanted} as masked_positions are, not {list(targets.shape)}")
         loss_sum, correct, count = self.visual.token_loss(hidden, targets)
         return TrainingOutput(
-            image_features, text_features, scale, mim_loss_sum=loss_sum, mim_correct=correct, mim_count=count
+            image_features,
+            text_features,
+            scale,
+            gathered,
+            mim_loss_sum=loss_sum,
+            mim_correct=correct,
+            mim_count=count,
         )
+
+    def train_masked_branch_alone(self) -> None:
+        """Take what only a contrastive loss trains (text tower, projections, logit scale) out of training for good."""
+        for name, parameter in self.named_parameters():
+            if not name.startswith("visual.") or name.startswith(("visual.ln_post.", "visual.proj")):
+                parameter.requires_grad_(False)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Features [B, embed_dim], not normalised, of images as in `forward`."""

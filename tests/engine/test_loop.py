@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import socket
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from farl_engine import distributed, stop
+from farl_engine import distributed, loop, stop
 from farl_engine.checkpoint import CheckpointError, CheckpointStore
 from farl_engine.data import BadDataError
 from farl_engine.distributed import World
 from farl_engine.loop import NonFiniteError, Run, Schedule, train
 from farl_engine.metrics import MetricsLog, Progress
+
+
+class Node:
+    """Garbage that only the collector finds."""
+
+    def __init__(self) -> None:
+        self.itself = self
 
 
 class Points:
@@ -286,11 +294,42 @@ def test_saves_by_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert CheckpointStore(tmp_path / "checkpoints").steps() == [3, 6, 9, 12, 15, 18, 20]
 
 
-def test_the_collector_is_left_as_it_was(tmp_path: Path) -> None:
-    assert gc.isenabled()
+def test_garbage_is_collected_on_schedule_and_at_no_other_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "COLLECT_EVERY", 6)
     run = make_run(tmp_path)
-    run.loader.events[2] = lambda: None if not gc.isenabled() else pytest.fail("the collector runs in a step")  # type: ignore[attr-defined]
-    train(run)
+    step = 0
+    collected: list[tuple[int, int]] = []
+    dead: list[int] = []
+
+    def litter() -> None:
+        """More than the automatic collector would bear."""
+        nonlocal step
+        step += 1
+        for _ in range(2_000):
+            Node()
+        weakref.finalize(Node(), dead.append, step)
+
+    run.loader.events = dict.fromkeys(range(20), litter)  # type: ignore[attr-defined]
+
+    def watch(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            collected.append((step, info["generation"]))
+
+    assert gc.isenabled()
+    gc.callbacks.append(watch)
+    try:
+        train(run)
+    finally:
+        gc.callbacks.remove(watch)
+    # Before the first step, and after the sixth, twelfth and eighteenth; past the last one it runs by itself again.
+    assert [found for found in collected if found[0] < 20] == [(0, 2), (6, 2), (12, 2), (18, 2)]
+    assert dead[:18] == list(range(1, 19))
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+def test_the_collector_is_left_as_it_was_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError):
+        train(make_run(tmp_path, nan_at=3))
     assert gc.isenabled() and gc.get_freeze_count() == 0
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from farl.config import TrainConfig
 from farl.export import export_model
-from farl.initialize import build_model, check_sources, fit_codebook, visual_tokenizer
-from farl.model import MODELS, FaRL
+from farl.initialize import build_model, build_optimizer, check_sources, fit_codebook, visual_tokenizer
+from farl.model import MODELS, FaRL, load_pretrained
+from farl.resume import snapshot
 from farl.tokens import DalleEncoder, PatchCodebook
 from farl_engine.checkpoint import CheckpointStore
 from farl_engine.data import ShardIndex, ShardWriter
@@ -115,6 +116,30 @@ def test_contrast_alone_has_no_masked_branch(source: str, given: FaRL, folder: P
     model = build_model(settings(init=str(folder / source), mim_weight=0.0), None, None)
     assert model.config.mim is None
     assert split(model, given)[1] == set()
+
+
+def test_the_masked_branch_alone_trains_nothing_else(given: FaRL, folder: Path) -> None:
+    config = settings(init=str(folder / "run"), visual_tokens=DALLE, contrastive_weight=0.0)
+    saved = {"model": given.state_dict(), "model_config": given.config.to_dict()}
+    for model in (build_model(config, Tokens(), None), build_model(config, Tokens(), saved)):
+        assert split(model, given)[1] == set()
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        left = {name for name in given.state_dict() if not name.startswith("visual.")}
+        left |= {"visual.ln_post.weight", "visual.ln_post.bias", "visual.proj"}
+        assert trained == given.state_dict().keys() - left
+        groups = build_optimizer(config, model, None).param_groups
+        assert sum(len(group["params"]) for group in groups) == len(trained)
+
+
+def test_a_run_of_the_masked_branch_alone_starts_others(tmp_path: Path) -> None:
+    config = settings(contrastive_weight=0.0)
+    before = build_model(config, Tokens(), None)
+    state = snapshot(1, config, before, build_optimizer(config, before, None), None, write_faces(tmp_path, 1))
+    CheckpointStore(tmp_path / "checkpoints").save(1, state)
+    for model in (load_pretrained(tmp_path), build_model(settings(init=str(tmp_path)), Tokens(), None)):
+        same, drawn = split(model, before)
+        assert {name for name in drawn if not name.startswith(HEAD)} == set() and same
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_what_a_run_folder_says_of_its_model_is_kept(tmp_path: Path) -> None:

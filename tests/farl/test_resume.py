@@ -36,11 +36,19 @@ def saved(config: TrainConfig = CONFIG, step: int = 7) -> dict[str, Any]:
         {},
         {"lr": 3e-4, "threads": 0, "run_dir": "elsewhere", "data": "copy", "micro_batch": 3, "mask_ratio": 0.2},
         {"steps": 7},
-        {"mim_weight": 0.5},
+        {"mim_weight": 0.5, "contrastive_weight": 2.0},
     ],
 )
 def test_settings_that_may_change(options: dict[str, Any]) -> None:
     check_resumable(saved(), replace(CONFIG, **options), Index())
+
+
+def test_checkpoints_from_before_the_contrastive_weight_had_the_loss() -> None:
+    old = saved()
+    del old["train_config"]["contrastive_weight"]
+    check_resumable(old, CONFIG, Index())
+    with pytest.raises(ValueError, match="contrastive loss was on, is off"):
+        check_resumable(old, replace(CONFIG, contrastive_weight=0.0), Index())
 
 
 def test_a_file_of_visual_tokens_may_move() -> None:
@@ -81,6 +89,7 @@ def test_another_mix_of_the_same_sources_is_refused() -> None:
     [
         ({"model": "farl-tiny"}, "model was farl-micro, is farl-tiny"),
         ({"mim_weight": 0.0}, r"visual tokens was codebook, is none \(--mim-weight 0\)"),
+        ({"contrastive_weight": 0.0}, r"contrastive loss was on, is off \(--contrastive-weight 0\)"),
         ({"visual_tokens": "dalle:x.safetensors"}, "visual tokens was codebook, is dalle"),
     ],
 )

@@ -22,6 +22,15 @@ def test_every_parameter_takes_part_in_a_step(make_model, pairs):
     assert [name for name, gradient in gradients.items() if gradient is None] == []
 
 
+def test_the_masked_branch_alone_is_that_of_the_joint_pass(make_model, pairs):
+    model = make_model()
+    branch = {"mask": pairs.mask, "masked_positions": pairs.positions}
+    both, alone = (model(pairs.images, text, **branch).mim_hidden for text in (pairs.text, None))
+    assert torch.allclose(both, alone, atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="neither captions nor a mask"):
+        model(pairs.images, None)
+
+
 def test_two_runs_are_equal_to_the_last_bit(make_model, pairs):
     model = make_model(dtype=torch.float32)
     (first, before), (second, after) = step(model, pairs), step(model, pairs)
