@@ -10,17 +10,19 @@ published figures on 300W and WFLW too.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from farl.downstream.image_files import check_present, list_images, read_image
+from farl.downstream.image_files import check_present, list_images, read_image, real_paths
 from farl.downstream.shard_members import ShardMembers, shards_of
 from farl.downstream.task import Sample, Split, fingerprint
 from farl.faces.shards import MANIFEST
@@ -73,6 +75,7 @@ class AlignmentSet:
         points: number of landmarks.
         read: decodes a sample by position.
         files: name and size in bytes of each file that belongs to the set.
+        sources: as `OpenedSet.sources`.
         image_size: side of all images, where they are squares of one size.
     """
 
@@ -84,9 +87,11 @@ class AlignmentSet:
         samples: int,
         read: Callable[[int], Sample],
         files: Iterable[tuple[str, int]],
+        *,
+        sources: Callable[[], Sequence[Hashable]],
         image_size: int | None = None,
     ) -> None:
-        self._read, self._samples, self._points = read, samples, points
+        self._read, self._samples, self._points, self._sources = read, samples, points, sources
         self._about: dict[str, Any] = {
             "path": path,
             "layout": layout,
@@ -116,6 +121,10 @@ class AlignmentSet:
     def about(self) -> dict[str, Any]:
         """As `LabelledSet.about`, and "image_size" where all images are squares of that side."""
         return dict(self._about)
+
+    def sources(self) -> Sequence[Hashable]:
+        """As `OpenedSet.sources`."""
+        return self._sources()
 
 
 def open_alignment_set(path: str, *, split: Split) -> AlignmentSet:
@@ -287,7 +296,8 @@ def _open_points(path: str, folder: Path, points: list[Path]) -> AlignmentSet:
         return {"image": read_image(image), "points": read_pts(pts), "name": str(image)}
 
     files = _files([*(image for image, _ in pairs), *points])
-    return AlignmentSet(path, "folder", len(read_pts(points[0])), len(pairs), read, files)
+    sources = partial(real_paths, [image for image, _ in pairs])
+    return AlignmentSet(path, "folder", len(read_pts(points[0])), len(pairs), read, files, sources=sources)
 
 
 def _open_shards(path: str, split: Split) -> AlignmentSet:
@@ -312,7 +322,16 @@ def _open_shards(path: str, split: Split) -> AlignmentSet:
     kinds = ("image", LANDMARKS_MEMBER)
     files = [(f"{members.keys[i]}.{kind}", members.size(i, kind)) for i in indices for kind in kinds]
     layout = "faces" if size else "shards"
-    return AlignmentSet(path, layout, len(points(indices[0])), len(indices), read, files, size)
+    return AlignmentSet(
+        path,
+        layout,
+        len(points(indices[0])),
+        len(indices),
+        read,
+        files,
+        sources=partial(members.sources, indices),
+        image_size=size,
+    )
 
 
 def _of_faces(path: str, layout: str, points: int, faces: Sequence[Face], lists: list[Path]) -> AlignmentSet:
@@ -326,7 +345,15 @@ def _of_faces(path: str, layout: str, points: int, faces: Sequence[Face], lists:
         sample = {"image": read_image(face.image), "points": face.points, "name": face.name or str(face.image)}
         return sample | {"box": face.box, "subsets": face.subsets}
 
-    return AlignmentSet(path, layout, points, len(faces), read, _files([*lists, *images]))
+    def sources() -> list[Hashable]:
+        # Several faces of a photograph may lie in both parts of a benchmark.
+        places = real_paths([face.image for face in faces])
+        return [(place, face.points.tobytes()) for place, face in zip(places, faces, strict=True)]
+
+    # Lists of one name and size may hold other points, and one file may list both parts.
+    labels = hashlib.sha256(b"".join(face.points.tobytes() for face in faces)).hexdigest()
+    files = [*_files([*lists, *images]), (f"labels {labels}", len(faces))]
+    return AlignmentSet(path, layout, points, len(faces), read, files, sources=sources)
 
 
 def _read_csv(file: Path, numbers: int) -> list[tuple[str, list[float]]]:

@@ -11,7 +11,8 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from farl.downstream.face_points import five_points, read_points
-from farl.downstream.image_files import EXTENSIONS, read_image
+from farl.downstream.image_files import EXTENSIONS, read_image, real_paths
 from farl.downstream.shard_members import ShardMembers, shards_of
 from farl.downstream.task import Sample, Split, fingerprint
 from farl.evaluation.attributes_table import AttributeTable, hash_share, read_attributes
@@ -44,6 +45,7 @@ class AttributeSet:
         attributes: names. labels: float32 [N, A].
         read: gives image and name of a sample by position. points: gives its five points.
         files: name and size in bytes of each file that belongs to the set.
+        sources: as `OpenedSet.sources`.
         more: further entries of `about`.
     """
 
@@ -56,11 +58,12 @@ class AttributeSet:
         read: Callable[[int], Sample],
         files: Iterable[tuple[str, int]],
         *,
+        sources: Callable[[], Sequence[Hashable]],
         points: Callable[[int], NDArray[np.float32]] | None = None,
         crop_from: str = "whole",
         **more: Any,
     ) -> None:
-        self._labels, self._read, self._points = labels, read, points
+        self._labels, self._read, self._points, self._sources = labels, read, points, sources
         digest = hashlib.sha256(np.ascontiguousarray(labels).tobytes()).hexdigest()
         self._about: dict[str, Any] = {
             "path": path,
@@ -92,6 +95,10 @@ class AttributeSet:
         a square, 0 to 1 between the square's outer edges.
         """
         return dict(self._about)
+
+    def sources(self) -> Sequence[Hashable]:
+        """As `OpenedSet.sources`."""
+        return self._sources()
 
 
 def open_attribute_set(path: str, *, split: Split) -> AttributeSet:
@@ -271,13 +278,14 @@ def _open_csv(path: str, file: Path, split: Split, *, whole: bool) -> AttributeS
     rows, how = _rows_of(table, file, split, whole=whole)
     labels = table.labels.numpy()[rows]
     images = [_image_of(root, table.keys[row]) for row in rows]
-    points, crop_from = None, "whole"
+    points, crop_from, files = None, "whole", []
     if (root / "points").is_dir():
         files = [root / "points" / f"{image.stem}.txt" for image in images]
         if missing := [one for one in files if not one.is_file()]:
             raise ValueError(f"{missing[0]} is missing: each image needs its landmarks there")
         points, crop_from = (lambda index: five_points(read_points(files[index]), str(files[index]))), "points"
-    return _of_files(path, "folder", table.names, labels, root, images, points, split=how, crop_from=crop_from)
+    more = {"split": how, "crop_from": crop_from}
+    return _of_files(path, "folder", table.names, labels, root, images, points, landmarks=files, **more)
 
 
 def _rows_of(table: AttributeTable, file: Path, split: Split, *, whole: bool) -> tuple[list[int], str]:
@@ -338,14 +346,17 @@ def _open_shards(path: str, split: Split) -> AttributeSet:
 
     manifest = members.paths[0].parent / MANIFEST
     size = json.loads(manifest.read_text()).get("size") if manifest.is_file() else None
+    with_points = all(members.has(i, "landmarks.json") for i in indices)
+    kinds = ("image", *(["landmarks.json"] * with_points))
     return AttributeSet(
         path,
         "faces" if size else "shards",
         names,
         labels,
         read,
-        [(f"{members.keys[i]}.image", members.size(i, "image")) for i in indices],
-        points=points if all(members.has(i, "landmarks.json") for i in indices) else None,
+        [(f"{members.keys[i]}.{kind}", members.size(i, kind)) for i in indices for kind in kinds],
+        sources=partial(members.sources, indices),
+        points=points if with_points else None,
         split="the shards themselves",
         **({"image_size": size} if size else {}),
     )
@@ -374,9 +385,11 @@ def _of_files(
     root: Path,
     images: Sequence[Path],
     points: Callable[[int], NDArray[np.float32]] | None,
+    *,
+    landmarks: Sequence[Path] = (),
     **more: Any,
 ) -> AttributeSet:
-    """A set of image files. ValueError where one is not there."""
+    """A set of image files, and of those with their landmarks. ValueError where an image is not there."""
 
     def read(index: int) -> Sample:
         return {"image": read_image(images[index]), "name": str(images[index])}
@@ -387,5 +400,8 @@ def _of_files(
                 yield str(image.relative_to(root)), image.stat().st_size
             except FileNotFoundError:
                 raise ValueError(f"{image} is missing, which the table of labels names") from None
+        for file in landmarks:
+            yield str(file.relative_to(root)), file.stat().st_size
 
-    return AttributeSet(path, layout, attributes, labels, read, files(), points=points, **more)
+    sources = partial(real_paths, images)
+    return AttributeSet(path, layout, attributes, labels, read, files(), sources=sources, points=points, **more)

@@ -59,12 +59,12 @@ class ConfusionMatrix:
         "iou/NAME" of each class. A class that is neither in the truth nor predicted has NaN and is left out of the
         means; "absent_classes" counts those. All are NaN where nothing was counted.
         """
-        f1, iou = self.f1(), self.iou()
+        f1, iou, counts = self.f1(), self.iou(), self.counts.double()
         foreground = torch.arange(len(f1)) != self.background
         figures = {
             "mean_f1": f1[foreground].nanmean().item(),
             "mean_iou": iou.nanmean().item(),
-            "pixel_accuracy": (self.counts.trace() / self.counts.sum()).item(),
+            "pixel_accuracy": (counts.trace() / counts.sum()).item(),
             "absent_classes": float(f1.isnan().sum()),
         }
         figures |= {f"f1/{name}": value for name, value in zip(self.classes, f1.tolist(), strict=True)}

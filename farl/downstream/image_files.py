@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Sequence
@@ -89,6 +90,12 @@ def check_present(files: Sequence[Path], hint: str = "") -> None:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{missing[0]}{more} missing{hint}")
+
+
+def real_paths(files: Sequence[Path]) -> list[str]:
+    """Absolute paths; links among the folders are followed (one look a folder), links to single files are not."""
+    folders = {folder: os.path.realpath(folder) for folder in {file.parent for file in files}}
+    return [f"{folders[file.parent]}/{file.name}" for file in files]
 
 
 def _load(source: Path | bytes, name: str) -> Image.Image:

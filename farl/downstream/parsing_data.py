@@ -8,8 +8,11 @@ boxes are in pixels, with pixel centres at whole numbers.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+import re
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,14 @@ from PIL import Image
 
 from farl.downstream.confusion import UNLABELLED
 from farl.downstream.face_points import five_points, read_points
-from farl.downstream.image_files import check_present, check_same_size, list_images, read_image, read_mask
+from farl.downstream.image_files import (
+    check_present,
+    check_same_size,
+    list_images,
+    read_image,
+    read_mask,
+    real_paths,
+)
 from farl.downstream.shard_members import ShardMembers, shards_of
 from farl.downstream.task import Sample, Split, fingerprint
 from farl.faces.face import CLASSES as LAPA_CLASSES
@@ -39,6 +49,7 @@ LAPA_FOLDERS = ("images", "labels", "landmarks")
 MASK_MEMBER = "mask.png"
 CLASSES_FILE = "classes.txt"
 _SCAN_THREADS = 8
+_PART = re.compile(r"(\d{5})_(\w+)\.png")
 _EACH = ": each image needs its own file there"
 
 
@@ -50,6 +61,7 @@ class ParsingSet:
         classes: names, by class number; None where nothing but a look at all masks could say.
         read: decodes a sample by position.
         files: name and size in bytes of each file that belongs to the set.
+        sources: as `OpenedSet.sources`.
     """
 
     def __init__(
@@ -61,10 +73,11 @@ class ParsingSet:
         read: Callable[[int], Sample],
         files: Iterable[tuple[str, int]],
         *,
+        sources: Callable[[], Sequence[Hashable]],
         crop_from: str = "whole",
         image_size: int | None = None,
     ) -> None:
-        self._read, self._samples = read, samples
+        self._read, self._samples, self._sources = read, samples, sources
         self._classes = len(classes) if classes is not None else None
         self._about: dict[str, Any] = {
             "path": path,
@@ -95,6 +108,10 @@ class ParsingSet:
         plain test set without a list of classes has no "classes": it may lack some of the training set's.
         """
         return dict(self._about)
+
+    def sources(self) -> Sequence[Hashable]:
+        """As `OpenedSet.sources`."""
+        return self._sources()
 
 
 def open_parsing_set(path: str, *, split: Split) -> ParsingSet:
@@ -159,35 +176,57 @@ def _open_lapa(path: str, folder: Path) -> ParsingSet:
         return _sample(images[index], labels[index], points=points)
 
     files = _files(folder, images + labels + landmarks)
-    return ParsingSet(path, "lapa", LAPA_CLASSES, len(images), read, files, crop_from="points")
+    sources = partial(real_paths, images)
+    return ParsingSet(path, "lapa", LAPA_CLASSES, len(images), read, files, sources=sources, crop_from="points")
 
 
 def _open_celebamask(path: str, folder: Path, split: Split) -> ParsingSet:
     numbers = _celebamask_split(folder, split)
     images = [folder / "CelebA-HQ-img" / f"{number}.jpg" for number in numbers]
     check_present(images, _EACH)
-    parts = folder / "CelebAMask-HQ-mask-anno"
-
-    def files_of(number: int) -> dict[str, Path]:
-        stem = parts / str(number // CELEBAMASK_FOLDER) / f"{number:05d}"
-        named = {name: stem.with_name(f"{stem.name}_{name}.png") for name in CELEBAMASK_PARTS}
-        return {name: file for name, file in named.items() if file.exists()}
+    home = folder / "CelebAMask-HQ-mask-anno"
+    parts = _celebamask_parts(home, numbers)
 
     def read(index: int) -> Sample:
-        found = files_of(numbers[index])
-        if not found:
-            raise ValueError(f"{images[index]}: no part of it lies under {parts / str(numbers[index] // 2000)}")
-        masks = {name: _read_part(file) for name, file in found.items()}
+        number = numbers[index]
+        inside = home / str(number // CELEBAMASK_FOLDER)
+        files = {name: inside / _part_file(number, name) for name in CELEBAMASK_PARTS if name in parts[number]}
+        if not files:
+            raise ValueError(f"{images[index]}: no part of it lies under {inside}")
+        masks = {name: _read_part(file) for name, file in files.items()}
         shape = next(iter(masks.values())).shape
         for name, mask in masks.items():
             if mask.shape != shape:
-                raise ValueError(f"{found[name]} is {mask.shape[::-1]} pixels, other parts {shape[::-1]}")
+                raise ValueError(f"{files[name]} is {mask.shape[::-1]} pixels, other parts {shape[::-1]}")
         image = _to_parts(read_image(images[index]), shape, str(images[index]))
         return {"image": image, "mask": merge_parts(masks, shape), "name": str(images[index])}
 
-    # The parts are not counted: 18 files a face would make opening slow.
     classes = ("background", *CELEBAMASK_PARTS)
-    return ParsingSet(path, "celebamask-hq", classes, len(images), read, _files(folder, images))
+    files = _files(folder, images)
+    files += [(_part_file(number, name), size) for number in numbers for name, size in sorted(parts[number].items())]
+    sources = partial(real_paths, images)
+    return ParsingSet(path, "celebamask-hq", classes, len(images), read, files, sources=sources)
+
+
+def _part_file(number: int, name: str) -> str:
+    return f"{number:05d}_{name}.png"
+
+
+def _celebamask_parts(home: Path, numbers: Sequence[int]) -> dict[int, dict[str, int]]:
+    """Names and bytes of the parts of each image.
+
+    One listing a folder: with 18 names an image, asking for each would take a minute on a network disk.
+    """
+    found: dict[int, dict[str, int]] = {number: {} for number in numbers}
+    for inside in sorted({home / str(number // CELEBAMASK_FOLDER) for number in numbers}):
+        if not inside.is_dir():
+            continue
+        with os.scandir(inside) as entries:
+            for entry in entries:
+                words = _PART.fullmatch(entry.name)
+                if words and words[2] in CELEBAMASK_PARTS and int(words[1]) in found:
+                    found[int(words[1])][words[2]] = entry.stat().st_size
+    return found
 
 
 def _celebamask_split(folder: Path, split: Split) -> list[int]:
@@ -231,7 +270,8 @@ def _open_folder(path: str, folder: Path, split: Split) -> ParsingSet:
         classes = _scan_classes(path, len(masks), lambda i: read_mask(masks[i]))
     crop_from = {"points": "points", "boxes": "box", None: "whole"}[sidecar]
     files = _files(folder, images + masks + sides)
-    return ParsingSet(path, "folder", classes, len(images), read, files, crop_from=crop_from)
+    sources = partial(real_paths, images)
+    return ParsingSet(path, "folder", classes, len(images), read, files, sources=sources, crop_from=crop_from)
 
 
 def _open_shards(path: str, split: Split) -> ParsingSet:
@@ -262,10 +302,21 @@ def _open_shards(path: str, split: Split) -> ParsingSet:
     classes = LAPA_CLASSES if size else _named_classes(home)
     if classes is None and split == "train":
         classes = _scan_classes(path, len(indices), lambda i: read_mask(members.read(indices[i], MASK_MEMBER)))
-    files = [(f"{members.keys[i]}.{kind}", members.size(i, kind)) for i in indices for kind in ("image", MASK_MEMBER)]
+    kinds = ("image", MASK_MEMBER, *(["landmarks.json"] * with_points))
+    files = [(f"{members.keys[i]}.{kind}", members.size(i, kind)) for i in indices for kind in kinds]
     crop_from = "points" if with_points else "whole"
     layout = "faces" if size else "shards"
-    return ParsingSet(path, layout, classes, len(indices), read, files, crop_from=crop_from, image_size=size)
+    return ParsingSet(
+        path,
+        layout,
+        classes,
+        len(indices),
+        read,
+        files,
+        sources=partial(members.sources, indices),
+        crop_from=crop_from,
+        image_size=size,
+    )
 
 
 def _sample(image_file: Path, mask_file: Path, **more: Any) -> Sample:

@@ -18,7 +18,7 @@ from farl.downstream.image_files import read_image
 from farl.downstream.network import Network, load_network
 from farl.downstream.parsing import BOX_SCALE, ParsingTask, original_logits
 from farl.downstream.task import Sample, Task
-from farl.downstream.warp import RoiWarp, align_to_points, crop_box, crop_whole
+from farl.downstream.warp import RoiWarp, crop_face
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]
 
@@ -146,12 +146,8 @@ class Predictor:
         for given in (boxes, points):
             if given is not None and len(given) != count:
                 raise ValueError(f"{len(given)} faces for {count} images; give one for each")
-        if points is not None:
-            matrices = align_to_points(points.double().cpu(), crop)
-        elif boxes is not None:
-            matrices = crop_box(boxes.double().cpu(), crop, scale=BOX_SCALE, square=True)
-        else:
-            matrices = crop_whole([size] * count, crop)
+        points, boxes = (given if given is None else given.cpu() for given in (points, boxes))
+        matrices = crop_face([size] * count, crop, points=points, boxes=boxes, box_scale=BOX_SCALE)
         warp = RoiWarp(matrices, crop, self.task.warp)
         shrink = warp.shrink() if self.task.antialias else None
         warp = warp.to(self.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from farl.downstream.task import Split
@@ -53,6 +53,11 @@ class ShardMembers:
         shard, members = self._places[index]
         offset, size = members[member]
         return self._files.pread(shard, size, offset)
+
+    def sources(self, indices: Sequence[int]) -> list[tuple[str, str]]:
+        """Real path of the shard and key, of each of these samples."""
+        shards = [os.path.realpath(path) for path in self.paths]
+        return [(shards[self._places[index][0]], self.keys[index]) for index in indices]
 
     def where(self, index: int) -> str:
         """Shard and key, for people."""

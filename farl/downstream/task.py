@@ -8,7 +8,7 @@ batches; label maps are uint8; points are (x, y) in pixels with pixel centres at
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -83,6 +83,14 @@ class LabelledSet(Protocol):
         ...
 
 
+class OpenedSet(LabelledSet, Protocol):
+    """A labelled set that was opened from files."""
+
+    def sources(self) -> Sequence[Hashable]:
+        """Where each sample comes from: equal for the same face of the same file, whichever set it is in."""
+        ...
+
+
 class Metric(Protocol):
     """One pass of evaluation. It holds sums alone, so that those of several processes can be added."""
 
@@ -106,10 +114,25 @@ class Metric(Protocol):
 class Task(Protocol):
     """A task: data to tensors, loss, figures, predictions, pictures. It has no weights; those are in its head."""
 
-    name: str
-    main_metric: str
-    higher_is_better: bool
-    protocol: TuneSettings
+    @property
+    def name(self) -> str:
+        """As the module `farl.downstream.NAME` is called."""
+        ...
+
+    @property
+    def main_metric(self) -> str:
+        """The figure by which the best evaluation is chosen."""
+        ...
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more of `main_metric` is better."""
+        ...
+
+    @property
+    def protocol(self) -> TuneSettings:
+        """Settings of a run for which nothing else is said."""
+        ...
 
     def about(self) -> dict[str, Any]:
         """Plain values from which `TaskModule.restore_task` makes the same task; they lie in each checkpoint."""
@@ -148,7 +171,7 @@ class Task(Protocol):
 class TaskModule(Protocol):
     """The functions of a module `farl.downstream.{parsing,alignment,attributes}`."""
 
-    def open_set(self, path: str, *, split: Split) -> LabelledSet:
+    def open_set(self, path: str, *, split: Split) -> OpenedSet:
         """A benchmark's own layout, a plain folder, or a glob of our shards; `split` counts where a layout has several.
 
         ValueError: `path` is none of those; the message says what was looked for.

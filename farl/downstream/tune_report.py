@@ -129,17 +129,51 @@ def draw_tuning(result: dict[str, Any], training: list[Record], path: Path) -> P
 
 
 def result_table(result: dict[str, Any]) -> str:
-    """Last and best evaluation side by side, as plain text."""
+    """Last and best evaluation side by side, as plain text: the figures of the whole set, then those by name.
+
+    Figures called "KIND/NAME" (of a class, an attribute or a subset) have a row a name and a column a kind.
+    """
     last, best = result["last"], result["best"]
     names = [result["main_metric"], *(name for name in last["metrics"] if name != result["main_metric"])]
-    width = max(map(len, names))
-    head = f"{'':<{width}}  {'last':>9}  {'best':>9}"
+    whole = [name for name in names if "/" not in name]
+    width = max(map(len, whole))
     rows = [
-        f"{name:<{width}}  {_number(last['metrics'][name]):>9}  {_number(best['metrics'].get(name)):>9}"
-        for name in names
+        f"{'':<{width}}  {'last':>9}  {'best':>9}",
+        f"{'epoch':<{width}}  {last['epoch']:>9g}  {best['epoch']:>9g}",
+        *(
+            f"{name:<{width}}  {_number(last['metrics'][name]):>9}  {_number(best['metrics'].get(name)):>9}"
+            for name in whole
+        ),
     ]
-    where = f"{'epoch':<{width}}  {last['epoch']:>9g}  {best['epoch']:>9g}"
-    return "\n".join([head, where, *rows, "best is chosen on the test set; last is the fair one"])
+    if by_name := [name for name in names if "/" in name]:
+        rows += ["", *_by_name(by_name, last["metrics"], best["metrics"])]
+    rows.append("best is chosen on the test set; last is the fair one")
+    if result.get("test_samples_in_train"):
+        count, total = result["test_samples_in_train"], result["data"]["test"]["samples"]
+        rows.append(f"{count:,} of {total:,} test samples are in --train too: neither is fair")
+    return "\n".join(rows)
+
+
+def _by_name(figures: list[str], last: dict[str, float | None], best: dict[str, float | None]) -> list[str]:
+    """Lines of a table; a kind whose last and best figures are all the same (shares of labels are) has one column."""
+    kinds = list(dict.fromkeys(figure.partition("/")[0] for figure in figures))
+    names = list(dict.fromkeys(figure.partition("/")[2] for figure in figures))
+    width = max(map(len, names))
+    lines = [" " * width] * 2 + [f"{name:<{width}}" for name in names]
+    for kind in kinds:
+        own = [f"{kind}/{name}" for name in names]
+        columns = {"last": [last.get(figure) for figure in own], "best": [best.get(figure) for figure in own]}
+        if columns["last"] == columns["best"]:
+            columns = {"both": columns["last"]}
+        cells = [
+            "  ".join(f"{cell:>6}" for cell in row)
+            for row in [tuple(columns), *zip(*(map(_number, column) for column in columns.values()), strict=True)]
+        ]
+        lines = [
+            f"{line}  {cell:>{len(kind)}}"
+            for line, cell in zip(lines, [kind.rjust(len(cells[0])), *cells], strict=True)
+        ]
+    return [line.rstrip() for line in lines]
 
 
 def _number(value: float | None) -> str:

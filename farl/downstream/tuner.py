@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from farl.downstream.backbone import load_backbone, restore_backbone
@@ -44,6 +44,13 @@ def tune(job: Job, world: World) -> dict[str, Any] | None:
     tuner = Tuner(job, world)
     tuner.run()
     return tuner.finish()
+
+
+class _Parallel(DistributedDataParallel):
+    """DDP that takes this project's BatchNorm on a CPU, where torch's own does not work and is refused."""
+
+    def _passing_sync_batchnorm_handle(self, module: nn.Module) -> None:
+        pass
 
 
 class Tuner:
@@ -82,7 +89,7 @@ class Tuner:
             say(world, f"going on after step {self.step}")
         self.model = self.network
         if world.size > 1:
-            self.model = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
+            self.model = _Parallel(self.network, gradient_as_bucket_view=True)
 
         self.bf16 = job.is_bf16(world.device)
         own_batch = settings.batch // world.size
@@ -176,6 +183,8 @@ class Tuner:
             self.log.write({"step": self.step, "epoch": epoch, "eval": record["metrics"]})
             if best_of(self.history, job.task) is record:
                 save_network(job.run_dir / "best.pt", self.about, self.average.network.state_dict(), **record)
+                # Or a killed run would go on from before, with a best.pt of updates that it then makes anew.
+                self.save()
         self.progress.say(one_line(record, self.history, job.task))
         return True
 

@@ -96,6 +96,30 @@ def crop_whole(sizes: Sequence[tuple[int, int]], size: int) -> Tensor:
     return crop_box(torch.tensor(boxes, dtype=torch.float64), size, square=True)
 
 
+def crop_face(
+    sizes: Sequence[tuple[int, int]],
+    size: int,
+    *,
+    points: Tensor | None = None,
+    boxes: Tensor | None = None,
+    box_scale: float = 1.0,
+) -> Tensor:
+    """Matrix float64 [B, 3, 3] of the crops of faces: from their points, else their boxes, else of whole images.
+
+    Args:
+        sizes: (height, width) of the images. size: of the crops.
+        points: float [B, 5, 2], see `align_to_points`. boxes: float [B, 4], see `crop_box`; they are made square.
+
+    Raises:
+        ValueError: points or boxes that cannot be used.
+    """
+    if points is not None:
+        return align_to_points(points.double(), size)
+    if boxes is not None:
+        return crop_box(boxes.double(), size, scale=box_scale, square=True)
+    return crop_whole(sizes, size)
+
+
 def random_similarity(
     draws: Draws,
     size: int,

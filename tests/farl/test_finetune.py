@@ -63,6 +63,23 @@ def test_result_and_pictures(command: Callable[..., int | None], tmp_path: Path,
         assert picture.width > 500
 
 
+@pytest.mark.parametrize("test", ["made:9", "made:5"])
+def test_a_test_set_that_was_trained_on_is_told(
+    command: Callable[..., int | None], tmp_path: Path, capsys: Any, test: str
+) -> None:
+    assert command("--test", test, "--steps", "1", "--pictures", "0") == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    printed = capsys.readouterr()
+    warning = "9 of 9 test samples are in --train too: figures say little about new faces; give another --test"
+    if test == "made:9":
+        assert (result["train_is_test"], result["test_samples_in_train"]) == (True, 9)
+        assert printed.err == f"farl.finetune parsing: warning: {warning}\n"
+        assert printed.out.endswith("\n9 of 9 test samples are in --train too: neither is fair\n")
+    else:
+        assert (result["train_is_test"], result["test_samples_in_train"]) == (False, 0)
+        assert not printed.err and printed.out.endswith("last is the fair one\n")
+
+
 @pytest.mark.parametrize("blocks", [(), ("--blocks", "0", "1", "1", "--crop", "40")])
 def test_the_released_layout_goes_through(
     command: Callable[..., int | None], tmp_path: Path, blocks: tuple[str, ...]
@@ -106,6 +123,7 @@ def test_errors_that_a_user_can_mend(
     [
         (("--train-fraction", "2"), "--train-fraction is 2.0; it must be more than 0 and at most 1"),
         (("--steps", "0"), "--steps is 0; it must be 1 or more"),
+        (("--seed", "4294967296"), "--seed is 4294967296; it must be less than 2^32"),
         (("--ema", "1"), "--ema is 1.0; it must be 0 or more and less than 1"),
         (("--layer-decay", "0"), "--layer-decay is 0.0; it must be more than 0 and at most 1"),
         (("--device", "tpu"), "--device is 'tpu'; use auto, cpu or cuda"),

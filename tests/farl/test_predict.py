@@ -20,7 +20,7 @@ from farl.downstream.alignment_data import read_pts
 from farl.downstream.attributes import AttributesTask
 from farl.downstream.backbone import load_backbone
 from farl.downstream.given_faces import FaceList, landmarks_box, make_face
-from farl.downstream.image_files import read_image, read_mask
+from farl.downstream.image_files import read_mask
 from farl.downstream.network import Network, describe_network, save_network
 from farl.downstream.onnx_export import OUTPUTS, CropReader, export_onnx, trace
 from farl.downstream.parsing import ParsingTask
@@ -29,7 +29,6 @@ from farl.downstream.predictor import Predictor
 from farl.downstream.warp import STANDARD_POINTS
 from farl.faces.face import draw
 from farl.faces.shards import FaceSet, write_faces
-from farl.model import MODELS, FaRL
 from farl_engine import stop
 
 CROP = 32
@@ -436,24 +435,74 @@ def test_onnx_gives_the_same_numbers(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "x.onnx"]
 
 
+def released_layout(width: int = 64, text_width: int = 64) -> dict[str, torch.Tensor]:
+    """Random weights by the names of FaRL's released files: those of CLIP's ViT-B/16, and a masked branch of one block.
+    Narrower, and with fewer words."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "positional_embedding": (77, text_width),
+        "text_projection": (text_width, 32),
+        "logit_scale": (),
+        "token_embedding.weight": (99, text_width),
+        "visual.class_embedding": (width,),
+        "visual.positional_embedding": (1 + 14 * 14, width),
+        "visual.proj": (width, 32),
+        "visual.conv1.weight": (width, 3, 16, 16),
+        "visual.mask_token": (width,),
+        "visual.lm_head.weight": (8192, width),
+        "visual.lm_head.bias": (8192,),
+    }
+    norms = {"ln_final": text_width, **dict.fromkeys(("visual.ln_pre", "visual.ln_post", "visual.ln_lm"), width)}
+    towers = {"transformer": (12, text_width), "visual.transformer": (12, width), "visual.lm_transformer": (1, width)}
+    for tower, (layers, size) in towers.items():
+        for block in (f"{tower}.resblocks.{index}." for index in range(layers)):
+            norms |= {f"{block}ln_1": size, f"{block}ln_2": size}
+            linear = {"attn.in_proj_": (3 * size, size), "attn.out_proj.": (size, size)}
+            linear |= {"mlp.c_fc.": (4 * size, size), "mlp.c_proj.": (size, 4 * size)}
+            for name, shape in linear.items():
+                shapes |= {f"{block}{name}weight": shape, f"{block}{name}bias": shape[:1]}
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(shape, generator=generator) * width**-0.5 for name, shape in shapes.items()}
+    for name, size in norms.items():
+        weights[f"{name}.weight"] = 1 + 0.1 * torch.randn(size, generator=generator)
+        weights[f"{name}.bias"] = 0.1 * torch.randn(size, generator=generator)
+    return weights
+
+
 @pytest.mark.slow
-def test_the_released_layout_goes_from_weights_to_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", list(TASKS))
+def test_the_released_layout_goes_from_weights_to_predictions(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the commands alone. The backbone has a learning rate of 0, so its weights must be those of the file."""
     monkeypatch.setattr(stop, "install", lambda: None)
-    torch.manual_seed(0)
-    torch.save({"state_dict": FaRL(MODELS["farl-micro"]).state_dict()}, tmp_path / "FaRL-Base.pth")
+    weights, file, run, out = released_layout(), tmp_path / "FaRL-Base.pth", tmp_path / "run", tmp_path / "out"
+    torch.save({"state_dict": weights}, file)
     write_faces(tmp_path / "faces", FaceSet(train=4, val=2, size=64), workers=0)
     photos = [save(tmp_path / "photos" / f"{index}.png", draw(index, size=80).image) for index in range(2)]
-    for name in TASKS:
-        run = tmp_path / name
-        words = f"--train {tmp_path}/faces --test {tmp_path}/faces --device cpu --steps 2 --batch 2 --threads 1"
-        given = ["--init", str(tmp_path / "FaRL-Base.pth"), "--run-dir", str(run), "--resolution", "32"]
-        assert finetune.main([name, *given, *words.split(), "--pictures", "0"]) == 0
-        out = tmp_path / f"{name}-out"
-        for weights in (run, run / "best.pt"):
-            words = [str(weights), *map(str, photos), "--out", str(out), "--device", "cpu"]
-            assert predict.main([name, *words]) == 0
-        images = json.loads((out / "predictions.json").read_text())["images"]
-        assert list(images) == list(map(str, photos)) and len(list((out / "drawn").iterdir())) == 2
-    assert read_mask(tmp_path / "parsing-out" / "masks" / "1.png").shape == (80, 80)
-    assert read_pts(tmp_path / "alignment-out" / "points" / "0.pts").shape == (68, 2)
-    assert read_image(photos[0]).shape == (80, 80, 3)
+    files = f"--init {file} --train {tmp_path}/faces --test {tmp_path}/faces --run-dir {run}"
+    words = "--device cpu --resolution 64 --lr-backbone 0 --steps 2 --batch 2 --threads 1 --pictures 0"
+    assert finetune.main([name, *files.split(), *words.split()]) == 0
+
+    about = json.loads((run / "result.json").read_text())["backbone"]
+    assert about["blocks"] == [3, 5, 7, 11] and about["model"]["vision"]["heads"] == 1
+    assert (about["model"]["activation"], about["model"]["layer_norm_cast"]) == ("quick_gelu", "before")
+    trained = torch.load(run / "last.pt")["ema"]
+    trunk = {key.split("trunk.tower.")[1]: value for key, value in trained.items() if "trunk.tower." in key}
+    position = trunk.pop("positional_embedding")
+    assert position.shape == (1 + 4 * 4, 64) and torch.equal(position[0], weights["visual.positional_embedding"][0])
+    unread = ("positional_embedding", "ln_post", "proj", "mask_token", "lm_", "ln_lm")
+    read = {key.removeprefix("visual.") for key in weights if key.startswith("visual.")}
+    assert trunk.keys() == {key for key in read if not key.startswith(unread)}
+    assert all(torch.equal(value, weights[f"visual.{key}"]) for key, value in trunk.items())
+
+    for checkpoint in (run, run / "best.pt"):
+        assert predict.main([name, str(checkpoint), *map(str, photos), "--out", str(out), "--device", "cpu"]) == 0
+    images = json.loads((out / "predictions.json").read_text())["images"]
+    assert list(images) == list(map(str, photos)) and len(list((out / "drawn").iterdir())) == 2
+    if name == "parsing":
+        assert read_mask(out / "masks" / "1.png").shape == (80, 80)
+    elif name == "alignment":
+        assert read_pts(out / "points" / "0.pts").shape == (68, 2)
+    else:
+        (record,) = images[str(photos[0])]
+        assert len(record["probabilities"]) > 10 and all(0 < value < 1 for value in record["probabilities"].values())

@@ -157,7 +157,7 @@ def mask_patches(
         assert mask is not None and mask_token is not None
         masked = torch.where(mask[:, :, None], mask_token + position_embedding[1:], patches)
         patches = masked if mode == "mask" else torch.cat([patches, masked])
-    sequences = torch.cat([class_row.expand(len(patches), 1, -1), patches], dim=1)
+    sequences = torch.cat([class_row.expand(patches.shape[0], 1, -1), patches], dim=1)
     return sequences.to(embeddings.dtype)
 
 

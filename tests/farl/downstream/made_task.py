@@ -33,6 +33,9 @@ class Colours:
         image = np.clip(colour + random.normal(0, 0.1, (12, 10, 3)), 0, 1)
         return {"image": (image * 255).astype(np.uint8), "name": f"{index:04d}.jpg", "colour": colour}
 
+    def sources(self) -> list[tuple[str, int]]:
+        return [(self.path, index) for index in range(self.count)]
+
     def about(self) -> dict[str, Any]:
         files = fingerprint((f"{index}.jpg", index) for index in range(self.count))
         return {"path": self.path, "layout": "made", "samples": self.count, "fingerprint": files, "points": 1}

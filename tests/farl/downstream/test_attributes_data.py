@@ -314,3 +314,19 @@ def test_photographs() -> None:
     assert len(train) + len(test) == 6000 and 0.15 < len(test) / 6000 < 0.25
     sample = test[0]
     assert sample["image"].shape == (250, 250, 3) and set(sample["attributes"].tolist()) <= {0, 1}
+
+
+def test_landmarks_belong_to_the_fingerprint(tmp_path: Path) -> None:
+    root, five = tmp_path / "own", "1 2\n3 2\n2 3\n1 4\n3 4"
+    save(root / "a.png")
+    write(root / "attributes.csv", "image,hat,split\na.png,1,train\n")
+    write(root / "points" / "a.txt", five)
+    prints = [open_attribute_set(str(root), split="train").about()["fingerprint"]]
+    write(root / "points" / "a.txt", five + ".5")
+    prints.append(open_attribute_set(str(root), split="train").about()["fingerprint"])
+    image = (root / "a.png").read_bytes()
+    for places in ("[[1, 2]]", "[[1, 20]]"):
+        with ShardWriter(tmp_path / "shards" / "%03d.tar") as writer:
+            writer.write("a", {"png": image, "json": '{"hat": 1}', "landmarks.json": places, "txt": "x"})
+        prints.append(open_attribute_set(str(tmp_path / "shards"), split="train").about()["fingerprint"])
+    assert len(set(prints)) == 4

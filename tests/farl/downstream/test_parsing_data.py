@@ -135,6 +135,31 @@ def test_celebamask(celebamask: Path) -> None:
     assert sorted(np.unique(mask)) == [0, 2, 10, 14]
 
 
+@pytest.mark.parametrize("change", ["another", "longer", "lost"])
+def test_celebamask_masks_belong_to_the_fingerprint(celebamask: Path, change: str) -> None:
+    before = [open_parsing_set(str(celebamask), split=split).about()["fingerprint"] for split in ("train", "test")]
+    folder = celebamask / "CelebAMask-HQ-mask-anno" / "0"
+    if change == "another":
+        save(folder / "00003_hat.png", np.zeros((32, 32), np.uint8))
+    elif change == "longer":
+        with (folder / "00003_skin.png").open("ab") as file:
+            file.write(b"x")
+    else:
+        (folder / "00003_nose.png").unlink()
+    after = [open_parsing_set(str(celebamask), split=split).about()["fingerprint"] for split in ("train", "test")]
+    # Image 3 is in train.
+    assert before[0] != after[0] and before[1] == after[1]
+
+
+def test_celebamask_other_files_among_the_parts_do_not_matter(celebamask: Path) -> None:
+    train = open_parsing_set(str(celebamask), split="train")
+    folder = celebamask / "CelebAMask-HQ-mask-anno" / "0"
+    for name in ("Thumbs.db", "00003_skin.png.tmp", "3_skin.png", "00003_soul.png", "01999_skin.png", "00007_hat.png"):
+        (folder / name).write_bytes(b"no mask")
+    again = open_parsing_set(str(celebamask), split="train")
+    assert again.about() == train.about() and np.array_equal(again[0]["mask"], train[0]["mask"])
+
+
 def test_celebamask_images_are_halved_without_a_shift(celebamask: Path) -> None:
     file = celebamask / "CelebA-HQ-img" / "3.jpg"
     Image.fromarray(np.kron(photo(32, 32), np.ones((2, 2, 1), np.uint8))).save(file, quality=100, subsampling=0)
@@ -313,3 +338,8 @@ def test_landmarks_that_are_no_list(tmp_path: Path) -> None:
         data[0]
     with pytest.raises(ValueError, match=r"b: landmarks of shape \[7, 2\]"):
         data[1]
+    before = data.about()["fingerprint"]
+    with ShardWriter(tmp_path / "%03d.tar") as writer:
+        writer.write("a", members | {"txt": "x"})
+        writer.write("b", members | {"txt": "x", "landmarks.json": json.dumps([[1, 20]] * 7)})
+    assert open_parsing_set(str(tmp_path), split="train").about()["fingerprint"] != before

@@ -145,6 +145,27 @@ class TestResume:
         assert same(checkpoint(whole), checkpoint(parts))
         assert [line for line in lines(parts) if "eval" in line] == [line for line in lines(whole) if "eval" in line]
 
+    def test_a_killed_run_keeps_the_checkpoint_of_its_best_weights(
+        self, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole, parts = make_job("whole", lr_head=0.05), make_job("parts", lr_head=0.05)
+        tune(whole, HERE)
+        update = WeightAverage.update
+
+        def killed(self: WeightAverage, network: Network, step: int) -> None:
+            update(self, network, step)
+            if step == 8:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(WeightAverage, "update", killed)
+            with pytest.raises(KeyboardInterrupt):
+                tune(parts, HERE)
+        best = torch.load(parts.run_dir / "best.pt")
+        assert best["step"] in (3, 6) and checkpoint(parts, best["step"])["history"][-1]["metrics"] == best["metrics"]
+        assert tune(parts, HERE) is not None
+        assert same(checkpoint(whole), checkpoint(parts)) and lines(whole) == lines(parts)
+
     def test_a_finished_run_gives_its_result_again(self, make_job: Callable[..., Job]) -> None:
         job = make_job()
         first, again = tune(job, HERE), tune(job, HERE)
