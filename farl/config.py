@@ -96,10 +96,10 @@ class TrainConfig:
     """Minutes between two checkpoints; 0 for none."""
     keep_last: int = 3
     """Newest checkpoints to keep; 0 keeps all."""
-    keep_every: int = 0
-    """Also keep checkpoints at multiples of this many updates; 0 for none."""
     allow_mismatch: bool = False
     """Resume although the data, the global batch or the seed differ from the checkpoint's."""
+    profile: int = 0
+    """Record this many updates, after the first five, and write trace and times by part to RUN_DIR/profile; 0: none."""
     trackers: str = ""
     """Also log to "tensorboard", "wandb:PROJECT", or both with a comma between."""
 
@@ -107,8 +107,8 @@ class TrainConfig:
         positive = {"steps", "global_batch", "lr", "log_every", "timeout"}
         not_negative = {
             *("stop_at", "micro_batch", "lr_final", "warmup", "weight_decay", "clip_grad", "threads", "eval_every"),
-            *("save_every", "save_minutes", "keep_last", "keep_every", "seed"),
-            *("mim_weight", "contrastive_weight"),
+            *("save_every", "save_minutes", "keep_last", "seed"),
+            *("mim_weight", "contrastive_weight", "profile"),
         }
         for name in sorted(positive | not_negative):
             value = getattr(self, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from farl.initialize import (
     visual_tokenizer,
 )
 from farl.masking import mask_sizes
+from farl.profiling import run_profiler, work_of
 from farl.resume import check_resumable, check_same_encoder, snapshot
 from farl.shards import describe_mix, open_shards, sample_order
 from farl.step import TrainStep, clamp_logit_scale, pack_parts
@@ -59,7 +61,7 @@ def pretrain(config: TrainConfig) -> None:
         )
     run_dir = Path(config.run_dir)
     say(world, f"{config.model} on {world.size} x {world.device}, run folder {run_dir}")
-    store = CheckpointStore(run_dir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every)
+    store = CheckpointStore(run_dir / "checkpoints", keep_last=config.keep_last)
     saved = store.load() if store.latest() is not None else None
     check_sources(config, saved)
     cache = open_token_cache(config)
@@ -147,6 +149,25 @@ def pretrain(config: TrainConfig) -> None:
         # Sooner than the other processes give up waiting, so that the stacks of the one that hangs are seen.
         stall_timeout=config.timeout / 2,
     )
+    profiler = None
+    if config.profile and world.is_main:
+        work = work_of(
+            model,
+            pairs=config.global_batch // world.size,
+            global_batch=config.global_batch,
+            masked=max_masked if tokenizer is not None else 0,
+            contrast=config.contrastive_weight > 0,
+            tokenizer=tokenizer if cache is None else None,
+        )
+        profiler = run_profiler(
+            run_dir,
+            work,
+            updates=config.profile,
+            device=world.device,
+            bf16=bf16,
+            engine=config.engine,
+            say=partial(say, world),
+        )
     run = Run(
         world=world,
         model=model,
@@ -173,8 +194,9 @@ def pretrain(config: TrainConfig) -> None:
         global_batch=config.global_batch,
         flops_per_sample=training_flops(model.config, masked=max_masked, contrast=config.contrastive_weight > 0),
         start_step=start_step,
+        profiler=profiler,
     )
-    with loader:
+    with loader, profiler or nullcontext():
         step, stopped_by = train(run)
     if log is not None:
         log.close()

@@ -23,6 +23,7 @@ from farl.tokenizer import pack
 from farl.tokens import VisualTokenizer
 from farl_engine.data import Batch
 from farl_engine.distributed import World
+from farl_engine.profiler import note, part
 from farl_kernels import contrastive_loss, gather_features, sample_block_masks, use_backend
 from farl_kernels.contrastive import GatheredFeatures
 
@@ -149,10 +150,12 @@ class TrainStep:
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         texts: tuple[PackedText, ...] = batch.text.parts
+        note("caption tokens", sum(len(text.tokens) for text in texts))
         if self._compiled:
             texts = tuple(self._any_length(text) for text in texts)
         with use_backend(self._backend) if self._backend else contextlib.nullcontext():
-            masks = self.sample_masks(batch) if self._tokenizer is not None else None
+            with part("masks"):
+                masks = self.sample_masks(batch) if self._tokenizer is not None else None
             if len(texts) == 1:
                 return self._whole(batch.images, texts[0], masks)
             return self._accumulate(batch.images, texts, masks)
@@ -180,7 +183,8 @@ class TrainStep:
             dist.all_reduce(count)
         if kept is None:
             assert self._tokenizer is not None
-            kept = self._tokenizer(batch.images if batch.token_images is None else batch.token_images, positions)
+            with part("visual tokens"):
+                kept = self._tokenizer(batch.images if batch.token_images is None else batch.token_images, positions)
         return Masks(mask, positions, kept, 1.0 / count.clamp(min=1.0))
 
     def _forward(
@@ -190,7 +194,7 @@ class TrainStep:
         branch: dict[str, Any] = {"exchange": self._send} if exchange else {}
         if masks is not None:
             branch |= {"mask": masks.mask, "masked_positions": masks.positions, "targets": masks.targets}
-        with self._precision():
+        with part("model"), self._precision():
             return self._network(images, captions, **branch)
 
     def _any_length(self, text: PackedText) -> PackedText:
@@ -208,7 +212,8 @@ class TrainStep:
             contrast, more = self._contrast(output.image_features, output.gathered, output.logit_scale)
             loss = loss + self._contrastive_weight * contrast
             figures = more | figures
-        loss.backward()
+        with part("gradients"):
+            loss.backward()
         return self._figures(contrast, mim, figures)
 
     def _accumulate(self, images: Tensor, texts: tuple[PackedText, ...], masks: Masks | None) -> dict[str, Tensor]:
@@ -221,8 +226,8 @@ class TrainStep:
         parts = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
         contrast, figures, gradient = torch.zeros((), device=self._world.device), {}, None
         if self._contrastive_weight:
-            with torch.no_grad(), self._precision():
-                outputs = [self._model(images[rows], part) for rows, part in zip(parts, texts, strict=True)]
+            with torch.no_grad(), part("model"), self._precision():
+                outputs = [self._model(images[rows], text) for rows, text in zip(parts, texts, strict=True)]
             gradient = FeatureGradient(
                 torch.cat([output.image_features for output in outputs]).requires_grad_(),
                 torch.cat([output.text_features for output in outputs]).requires_grad_(),
@@ -230,20 +235,22 @@ class TrainStep:
             )
             gathered = self._send(gradient.text_features)
             contrast, figures = self._contrast(gradient.image_features, gathered, gradient.logit_scale)
-            (self._contrastive_weight * contrast).backward()
+            with part("gradients"):
+                (self._contrastive_weight * contrast).backward()
 
         mims: list[Tensor] = []
         mim_figures: dict[str, Tensor] = {}
-        for index, (rows, part) in enumerate(zip(parts, texts, strict=True)):
+        for index, (rows, text) in enumerate(zip(parts, texts, strict=True)):
             last = index == len(parts) - 1
             with contextlib.nullcontext() if last else self._no_sync():
                 some = masks.part(rows) if masks is not None else None
-                output = self._forward(images[rows], part, some)
+                output = self._forward(images[rows], text, some)
                 mim, counted = self._mim(output, some)
                 loss = self._backward_weight * mim
                 if gradient is not None:
                     loss = loss + gradient.carried(output, rows, with_scale=last)
-                loss.backward()
+                with part("gradients"):
+                    loss.backward()
             mims.append(mim.detach())
             mim_figures = {name: mim_figures.get(name, 0) + value for name, value in counted.items()}
         return self._figures(contrast, torch.stack(mims).sum(), figures | mim_figures)
@@ -251,13 +258,15 @@ class TrainStep:
     @staticmethod
     def _send(text_features: Tensor) -> GatheredFeatures:
         """Start sending these features to the other ranks."""
-        return gather_features(_unit(text_features))
+        with part("contrastive loss"):
+            return gather_features(_unit(text_features))
 
     def _contrast(
         self, image_features: Tensor, text: GatheredFeatures, logit_scale: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's mean of the contrastive loss over the global batch, and accuracies within it."""
-        result = contrastive_loss(_unit(image_features), text, logit_scale, return_metrics=True)
+        with part("contrastive loss"):
+            result = contrastive_loss(_unit(image_features), text, logit_scale, return_metrics=True)
         assert isinstance(result, tuple)
         loss, metrics = result
         figures = {

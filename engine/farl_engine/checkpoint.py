@@ -33,13 +33,11 @@ class CheckpointStore:
     Args:
         directory: made on the first save.
         keep_last: how many of the newest to keep (0 keeps all).
-        keep_every: also keep each checkpoint whose step is a multiple of this (0: none).
     """
 
-    def __init__(self, directory: str | Path, *, keep_last: int = 3, keep_every: int = 0) -> None:
+    def __init__(self, directory: str | Path, *, keep_last: int = 3) -> None:
         self.directory = Path(directory)
         self._keep_last = keep_last
-        self._keep_every = keep_every
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -152,8 +150,6 @@ class CheckpointStore:
             return
         steps = [step for step in self.steps() if step <= newest]
         for step in steps[: -self._keep_last]:
-            if self._keep_every and step % self._keep_every == 0:
-                continue
             try:
                 self.path(step).unlink(missing_ok=True)
             except OSError as error:

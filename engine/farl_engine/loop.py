@@ -17,6 +17,7 @@ from farl_engine import stop
 from farl_engine.data import BadDataError
 from farl_engine.distributed import Verdict, Vote, World, gather_objects
 from farl_engine.optim import FiniteGuard, set_learning_rate
+from farl_engine.profiler import part
 from farl_engine.reporter import Reporter
 from farl_engine.run import Run, Schedule
 from farl_engine.saver import Saver
@@ -71,9 +72,12 @@ def train(run: Run) -> tuple[int, str | None]:
         # At once here and in an evaluation, which nobody has to hurry through; one step late otherwise.
         should_stop()
         while step < schedule.stop_at and agreed is Verdict.GO:
+            if run.profiler is not None:
+                run.profiler.begin(step)
             waited = time.monotonic()
             try:
-                batch = next(batches, None)
+                with part("data wait"):
+                    batch = next(batches, None)
                 if batch is None:
                     raise ValueError(f"the loader ended before step {step}; its end_step must be {schedule.stop_at}")
             except Exception:
@@ -85,12 +89,14 @@ def train(run: Run) -> tuple[int, str | None]:
             rate = schedule.learning_rate(step)
             set_learning_rate(run.optimizer, rate)
             figures = run.forward_backward(batch)
-            grad_norm = nn.utils.clip_grad_norm_(parameters, schedule.clip_norm or float("inf"), foreach=True)
+            with part("clipping"):
+                grad_norm = nn.utils.clip_grad_norm_(parameters, schedule.clip_norm or float("inf"), foreach=True)
             bad_samples = torch.full((), float(sum(run.loader.bad_samples.values())), device=world.device)
             shared = _sum_over_ranks(figures | {"bad_samples": bad_samples}, world)
             guard.check(step, figures["loss"], (shared["loss"], grad_norm))
-            run.optimizer.step()
-            run.optimizer.zero_grad(set_to_none=True)
+            with part("optimizer"):
+                run.optimizer.step()
+                run.optimizer.zero_grad(set_to_none=True)
             shared |= {"grad_norm": grad_norm, **run.after_update()}
             step += 1
             run.progress.advance()
@@ -104,10 +110,12 @@ def train(run: Run) -> tuple[int, str | None]:
                 except BadDataError as error:
                     failures.append(error)
             if run.evaluate and schedule.eval_every and (step % schedule.eval_every == 0 or step == schedule.steps):
-                reporter.report_evaluation(step, run.evaluate(step, should_stop))
+                with part("evaluation"):
+                    reporter.report_evaluation(step, run.evaluate(step, should_stop))
             if saver.is_due(step):
                 reporter.flush()
-                saver.save(step, background=True)
+                with part("checkpoint"):
+                    saver.save(step, background=True)
             if step % COLLECT_EVERY == 0:
                 # Whole, which is quick: what there was before the first step is frozen and not looked at.
                 gc.collect()

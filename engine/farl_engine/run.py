@@ -13,6 +13,7 @@ from farl_engine.checkpoint import CheckpointStore
 from farl_engine.data import Batch, Loader
 from farl_engine.distributed import World
 from farl_engine.metrics import MetricsLog, Progress
+from farl_engine.profiler import Profiler
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Run:
         evaluate: figures to log at a step, or None if `should_stop` said so; every rank calls it together, and
             `should_stop` is a collective call. None: no evaluation.
         flops_per_sample: of a training step, for the MFU.
+        profiler: records some updates of this process; None: none.
     """
 
     world: World
@@ -58,3 +60,4 @@ class Run:
     global_batch: int
     flops_per_sample: float
     start_step: int
+    profiler: Profiler | None = None

@@ -14,6 +14,7 @@ from farl.model.config import ModelConfig
 from farl.model.mim import MaskedVisionTower
 from farl.model.text import PackedText, TextTower
 from farl.model.vision import VisionTower
+from farl_engine.profiler import part
 from farl_kernels.contrastive import GatheredFeatures
 
 
@@ -85,7 +86,8 @@ class FaRL(TextTower):
         """
         if text is not None and len(images) != len(text):
             raise ValueError(f"{len(images)} images but {len(text)} captions")
-        text_features = self.encode_text_packed(text) if text is not None else None
+        with part("text tower"):
+            text_features = self.encode_text_packed(text) if text is not None else None
         gathered = exchange(text_features) if exchange is not None and text_features is not None else None
         scale = self.logit_scale.exp()
         if mask is None:
@@ -93,21 +95,25 @@ class FaRL(TextTower):
                 raise ValueError("masked_positions and targets need a mask")
             if text is None:
                 raise ValueError("neither captions nor a mask: there is nothing to train")
-            return TrainingOutput(self.visual(images), text_features, scale, gathered)
+            with part("image tower"):
+                image_features = self.visual(images)
+            return TrainingOutput(image_features, text_features, scale, gathered)
         if masked_positions is None:
             raise ValueError("a mask needs masked_positions")
         if not isinstance(self.visual, MaskedVisionTower):
             raise ValueError("the model has no masked branch (config.mim is None): give no mask")
-        if text is None:
-            image_features, hidden = None, self.visual.forward_masked_alone(images, mask, masked_positions)
-        else:
-            image_features, hidden = self.visual.forward_masked(images, mask, masked_positions)
+        with part("image tower"):
+            if text is None:
+                image_features, hidden = None, self.visual.forward_masked_alone(images, mask, masked_positions)
+            else:
+                image_features, hidden = self.visual.forward_masked(images, mask, masked_positions)
         if targets is None:
             return TrainingOutput(image_features, text_features, scale, gathered, mim_hidden=hidden)
         if targets.shape != masked_positions.shape:
             wanted = list(masked_positions.shape)
             raise ValueError(f"targets must be {wanted} as masked_positions are, not {list(targets.shape)}")
-        loss_sum, correct, count = self.visual.token_loss(hidden, targets)
+        with part("token loss"):
+            loss_sum, correct, count = self.visual.token_loss(hidden, targets)
         return TrainingOutput(
             image_features,
             text_features,

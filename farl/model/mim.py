@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from farl.model.blocks import Block, LayerNorm, Stream, take_first, take_indexed
 from farl.model.config import ModelConfig
 from farl.model.vision import VisionTower, init_weights, make_transformer
+from farl_engine.profiler import part
 from farl_kernels.patch_masking import mask_patches
 from farl_kernels.token_loss import masked_token_cross_entropy
 
@@ -65,13 +66,14 @@ class MaskedVisionTower(VisionTower):
 
     def _hidden(self, masked: Stream, mask: Tensor, masked_positions: Tensor) -> Tensor:
         """Rows [n*K, C] after `ln_lm` from the stream [n, N, C] after the trunk's last block."""
-        masked = self.lm_transformer.all_but_last(masked)
-        # Padding (-1) falls on the class token's row.
-        tokens = mask.shape[1] + 1
-        first = torch.arange(0, len(mask) * tokens, tokens, device=mask.device)
-        take = take_indexed(first[:, None] + (masked_positions + 1))
-        masked = self.lm_transformer.run(self.lm_transformer.last.at_rows, masked, take)
-        return self.ln_lm(masked)[0].flatten(0, 1)
+        with part("masked blocks"):
+            masked = self.lm_transformer.all_but_last(masked)
+            # Padding (-1) falls on the class token's row.
+            tokens = mask.shape[1] + 1
+            first = torch.arange(0, len(mask) * tokens, tokens, device=mask.device)
+            take = take_indexed(first[:, None] + (masked_positions + 1))
+            masked = self.lm_transformer.run(self.lm_transformer.last.at_rows, masked, take)
+            return self.ln_lm(masked)[0].flatten(0, 1)
 
     def token_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sum of the cross-entropies of `hidden` [R, C] with the visual tokens `targets` (int64, R in all, -1 is

@@ -66,7 +66,9 @@ def write_report(
         was_training = model.training
         model.eval()
         try:
-            _draw_retrieval(folder, model, images, captions, text_tokenizer, batch_size)
+            # --contrastive-weight 0 leaves the text tower at random.
+            if config.get("contrastive_weight", 1.0):
+                _draw_retrieval(folder, model, images, captions, text_tokenizer, batch_size)
             if visual_tokenizer is not None and model.config.mim is not None:
                 _draw_patches(folder, model, images, visual_tokenizer, token_images, mask_ratio, seed)
         finally:

@@ -45,8 +45,8 @@ OPTIONS = [
     "save_every",
     "save_minutes",
     "keep_last",
-    "keep_every",
     "allow_mismatch",
+    "profile",
     "trackers",
 ]
 

@@ -24,6 +24,7 @@ from farl_engine.data.bad_data import BadSampleLedger, check_excluded
 from farl_engine.data.decode_stage import DecodeStage, Session
 from farl_engine.data.samples import BadSample, BatchDecoder, Decoder, SampleMaker, Source, Tally
 from farl_engine.data.workers import BatchJob, Workers
+from farl_engine.profiler import part
 
 # Small enough that all threads work on one batch, large enough that taking a chunk costs nothing beside making it.
 _CHUNK = 16
@@ -198,7 +199,10 @@ class Loader:
                 self._book(job, time.perf_counter() - start)
                 self._add_times(ready=ready, batches=1)
                 batch = job.batch()
-                yield batch if self._device is None else batch.to(self._device)
+                if self._device is not None:
+                    with part("copy to device"):
+                        batch = batch.to(self._device)
+                yield batch
         finally:
             workers.close()
 

@@ -224,6 +224,16 @@ def test_report_of_a_run_is_one_page_that_works_alone(tmp_path: Path) -> None:
     assert re.findall(r'<img src="([^"]+)"', page.read_text()) == pictures
 
 
+def test_an_untrained_text_tower_is_not_asked(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"contrastive_weight": 0.0}))
+    torch.manual_seed(0)
+    captions = [f"face number {i}" for i in range(3)]
+    page = write_report(
+        tmp_path, FaRL(MODELS["farl-micro"]), faces(3, 32), captions, visual_tokenizer=FewColours(), mask_ratio=0.25
+    )
+    assert [path.name for path in page.parent.glob("*.png")] == ["masked_patches.png"]
+
+
 def test_report_from_shards_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "held-out-%02d.tar") as writer:
         for i, image in enumerate(faces(9, 32)):
