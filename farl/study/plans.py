@@ -188,9 +188,9 @@ LONG = Plan(
 # Crops of photographs are small too, so the tasks take the short protocols of drawn faces.
 PHOTOGRAPHS = Plan(
     name="photographs",
-    about="real photographs on a CPU; estimated at forty minutes on two cores",
+    about="real photographs on a CPU; estimated at half an hour on two cores",
     faces=None,
-    pretrain={"model": "farl-tiny", "steps": 600, "global_batch": 128, "lr": 1e-3, "warmup": 60, "seed": 0},
+    pretrain={"model": "farl-tiny", "steps": 400, "global_batch": 128, "lr": 1e-3, "warmup": 40, "seed": 0},
     arms=(BOTH, RANDOM),
     tasks=(
         TaskPlan(
@@ -225,7 +225,7 @@ PHOTOGRAPHS = Plan(
         ),
     ),
     fractions=(0.1, 1.0),
-    seeds=(0, 1, 2, 3, 4),
+    seeds=(0, 1, 2),
 )
 
 PLANS = {plan.name: plan for plan in (SHORT, LONG, PHOTOGRAPHS)}
