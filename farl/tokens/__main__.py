@@ -1,7 +1,8 @@
-"""`python -m farl.tokens convert encoder.pkl OUT` and `python -m farl.tokens fit --data SHARDS --out OUT`."""
+"""`python -m farl.tokens`: `convert encoder.pkl OUT`, `fit --data SHARDS --out OUT`, `agreement FILE --data SHARDS`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -77,10 +78,88 @@ def fit(argv: list[str]) -> int:
     return 0
 
 
+# Two sets of logits of such a batch are 0.1 GB in fp32.
+_AGREEMENT_BATCH = 8
+
+
+@dataclass(frozen=True)
+class AgreementOptions:
+    encoder: Annotated[Positional[str], arg(metavar="ENCODER")]
+    """The encoder's .safetensors file."""
+    data: str
+    """Shards, written as for farl.train."""
+    model: str = _TRAINING.model
+    """The --model of the training to come: it decides the size of the encoder's images."""
+    limit: int = 256
+    """Images to try, at equal distances in the data."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise ValueError(f"--limit is {self.limit}; it must be 1 or more")
+
+
+def agreement(argv: list[str]) -> int:
+    options = cli.parse(
+        AgreementOptions,
+        argv,
+        prog=f"{PROG} agreement",
+        description="Tells how many tokens of a DALL-E encoder in fp16 and in bf16 are those of fp32, on your images.",
+    )
+    import torch
+
+    from farl.evaluation.features import spread_positions
+    from farl.evaluation.pair_reader import read_batches
+    from farl.initialize import load_encoder
+    from farl.progress import Progress
+    from farl.shards import open_shards
+    from farl.tokens.dalle import agreement_with_fp32
+    from farl_engine import distributed
+    from farl_engine.data import CpuDecoder
+
+    config = TrainConfig(run_dir="", data=options.data, model=options.model, device=options.device)
+    encoder = load_encoder(config, options.encoder)
+    world = distributed.start(options.device)
+    encoder.to(world.device)
+    index = open_shards("--data", options.data, world, config.max_bad_fraction)
+    positions = spread_positions(len(index), options.limit)
+    size = encoder.token_image_size
+    assert size is not None
+    with (
+        read_batches(index, positions.split(_AGREEMENT_BATCH), CpuDecoder(size), with_captions=False) as batches,
+        Progress(len(positions), "comparing", unit="images") as progress,
+    ):
+
+        def images() -> Iterator[torch.Tensor]:
+            for batch in batches:
+                if len(batch.images):
+                    yield batch.images.to(world.device)
+                progress.update(len(batch.positions) + batch.bad.total())
+
+        names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+        found = agreement_with_fp32(encoder, images(), list(names))
+    first = next(iter(found.values()))
+    if not first.cells:
+        raise ValueError(f"--data {options.data}: none of the {len(positions)} images that were tried can be read")
+    print(
+        f"{first.cells:,} cells of images of {size} pixels, on {world.device.type}; the best logit leads over the "
+        f"second by {first.mean_lead:.3g} on average"
+    )
+    for dtype, result in found.items():
+        overflow = f"; {result.overflowed:,} cells overflowed" if result.overflowed else ""
+        print(
+            f"{names[dtype]}: {result.share:.3%} of the tokens are those of fp32; the fp32 logits of the others are at "
+            f"most {result.largest_loss:.2g} below the best{overflow}"
+        )
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int | None:
     commands = {
         "convert": (convert, "turn OpenAI's encoder.pkl into a safetensors file for --visual-tokens dalle:FILE"),
         "fit": (fit, "fit the codebook of a training beforehand, for farl.data tokenize"),
+        "agreement": (agreement, "compare a DALL-E encoder's tokens in fp16 and bf16 with those in fp32"),
     }
     return cli.subcommand(commands, argv, prog=PROG, description="Tools for visual tokens.")
 

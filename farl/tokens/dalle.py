@@ -7,7 +7,8 @@ The architecture follows the facts of `dall_e/encoder.py`; no code or weights of
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,11 @@ from torch.nn import functional as F
 
 PIXELS_PER_TOKEN = 8
 _GROUPS = 4
+# 128 images of 112 pixels. Activations of the first group take 0.8 GB each for them in half precision, and four are
+# alive at once; 5,120 images in one piece would need 130 GB.
+_PIXELS_AT_ONCE = 128 * 112 * 112
+# 64 MiB in fp32; those of 75 masked cells of 5,120 images would be 12.6 GB.
+_LOGITS_AT_ONCE = 1 << 24
 
 
 class _Conv(nn.Module):
@@ -28,7 +34,10 @@ class _Conv(nn.Module):
         self.b = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x, self.w.to(x.dtype), self.b.to(x.dtype), padding=self.w.shape[-1] // 2)
+        # cuDNN would copy a weight of another layout than the input's at every call: here the cast does it. On a CPU
+        # oneDNN has a layout of its own.
+        layout = torch.channels_last if x.is_cuda else torch.preserve_format
+        return F.conv2d(x, self.w.to(x.dtype, memory_format=layout), self.b.to(x.dtype), padding=self.w.shape[-1] // 2)
 
 
 class _Block(nn.Module):
@@ -46,7 +55,7 @@ class _Block(nn.Module):
             self.res_path.add_module(f"conv_{i + 1}", _Conv(widths[i], widths[i + 1], kernel))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.id_path(x) + self.gain * self.res_path(x)
+        return torch.add(self.id_path(x), self.res_path(x), alpha=self.gain)
 
 
 class DalleEncoder(nn.Module):
@@ -56,7 +65,8 @@ class DalleEncoder(nn.Module):
         vocab_size, hidden, blocks_per_group: sizes; the defaults are those of the released encoder.
         token_image_size: side in pixels of the images that it wants: 112 gives the 14 x 14 grid of ViT-B/16 at 224.
         compute_dtype: of all convolutions but the last, which runs in fp32. None is the released code's choice: fp16 on
-            CUDA, fp32 elsewhere.
+            CUDA, fp32 elsewhere. There bf16 is no faster and rounds eight times as coarsely, but cannot overflow;
+            `agreement_with_fp32` tells what either does to the tokens of given weights.
     """
 
     def __init__(
@@ -159,32 +169,40 @@ class DalleEncoder(nn.Module):
             raise ValueError(
                 f"positions: wanted int32 [{len(images)}, K], got {positions.dtype} {tuple(positions.shape)}"
             )
+        _check_images(images)
+        # Nearly equal pieces: convolutions of a few images may round differently from those of many.
+        pieces = max(1, -(-images.shape[:3].numel() // _PIXELS_AT_ONCE))
+        chosen = [None] * pieces if positions is None else positions.chunk(pieces)
         with torch.autocast(images.device.type, enabled=False):
-            cells = self._cells(images)
-            if positions is None:
-                return self._argmax(cells)
-            index = positions.long().clamp(min=0)[:, :, None].expand(-1, -1, cells.shape[2])
-            return self._argmax(cells.gather(1, index)).masked_fill(positions < 0, -1)
+            found = [self._tokens(part, where) for part, where in zip(images.chunk(pieces), chosen, strict=False)]
+        return torch.cat(found)
 
     @torch.no_grad()
-    def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, H, W, 3] -> fp32 [B, P, vocab_size]."""
+    def logits(self, images: torch.Tensor, compute_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """uint8 [B, H, W, 3] -> fp32 [B, P, vocab_size]; `compute_dtype` in place of the encoder's own."""
+        _check_images(images)
         with torch.autocast(images.device.type, enabled=False):
-            return F.linear(self._cells(images), *self._output_weights())
+            return F.linear(self._cells(images, compute_dtype).float(), *self._output_weights())
 
-    def _cells(self, images: torch.Tensor) -> torch.Tensor:
-        """What the last convolution reads: fp32 [B, P, 8 * hidden] after its ReLU."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"images: wanted uint8 [B, H, W, 3], got {images.dtype} {tuple(images.shape)}")
-        if images.shape[1] % PIXELS_PER_TOKEN or images.shape[2] % PIXELS_PER_TOKEN:
-            raise ValueError(f"images: wanted sides that are multiples of 8, got {images.shape[1]} x {images.shape[2]}")
+    def _tokens(self, images: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        cells = self._cells(images)
+        if positions is None:
+            return self._argmax(cells)
+        index = positions.long().clamp(min=0)[:, :, None].expand(-1, -1, cells.shape[2])
+        return self._argmax(cells.gather(1, index)).masked_fill(positions < 0, -1)
+
+    def _cells(self, images: torch.Tensor, compute_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What the last convolution reads, after its ReLU: [B, P, 8 * hidden] in the dtype of the convolutions.
+
+        The bytes come with their colours innermost, so that all convolutions run channels-last.
+        """
         # map_pixels of dall_e/utils.py: the logit-Laplace range [0.1, 0.9].
         x = images.permute(0, 3, 1, 2).float() / 255 * 0.8 + 0.1
-        x = x.to(self.compute_dtype or (torch.float16 if images.is_cuda else torch.float32))
+        x = x.to(compute_dtype or self.compute_dtype or (torch.float16 if images.is_cuda else torch.float32))
         for name, part in self.blocks.named_children():
             if name != "output":
                 x = part(x)
-        return F.relu(x).flatten(2).transpose(1, 2).float()
+        return F.relu(x).flatten(2).transpose(1, 2)
 
     def _output_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         output = self.get_submodule("blocks.output.conv")
@@ -192,10 +210,78 @@ class DalleEncoder(nn.Module):
         return output.w.float().flatten(1), output.b.float()
 
     def _argmax(self, cells: torch.Tensor) -> torch.Tensor:
-        """[B, N, C] -> int64 [B, N]; at most 64 MiB of logits at a time."""
+        """[B, N, C] -> int64 [B, N]."""
         weight, bias = self._output_weights()
         count = cells.shape[0] * cells.shape[1]
         # Parts of nearly equal size: products with a few rows round differently from those with many.
-        rows = cells.flatten(0, 1).chunk(max(1, -(-count // max(1, (1 << 24) // self.vocab_size))))
-        tokens = [F.linear(part, weight, bias).argmax(1) for part in rows]
+        rows = cells.flatten(0, 1).chunk(max(1, -(-count // max(1, _LOGITS_AT_ONCE // self.vocab_size))))
+        tokens = [F.linear(part.float(), weight, bias).argmax(1) for part in rows]
         return torch.cat(tokens).view(cells.shape[:2])
+
+
+def _check_images(images: torch.Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"images: wanted uint8 [B, H, W, 3], got {images.dtype} {tuple(images.shape)}")
+    if images.shape[1] % PIXELS_PER_TOKEN or images.shape[2] % PIXELS_PER_TOKEN:
+        raise ValueError(f"images: wanted sides that are multiples of 8, got {images.shape[1]} x {images.shape[2]}")
+
+
+@dataclass
+class Agreement:
+    """Tokens of convolutions in one dtype beside those in fp32, of the same pictures.
+
+    Attributes:
+        cells: how many were compared. same: how many of them have the same token.
+        overflowed: how many have a logit that is infinite or not a number.
+        largest_loss: how far the fp32 logit of a different token is below the best one, at most.
+        total_lead: by how much the best fp32 logit leads over the second, summed over the cells.
+    """
+
+    cells: int = 0
+    same: int = 0
+    overflowed: int = 0
+    largest_loss: float = 0.0
+    total_lead: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Of the cells, those with the same token."""
+        return self.same / max(self.cells, 1)
+
+    @property
+    def mean_lead(self) -> float:
+        """Of the best fp32 logit over the second: a loss far below it is a near tie."""
+        return self.total_lead / max(self.cells, 1)
+
+    def add(self, exact: torch.Tensor, other: torch.Tensor) -> None:
+        """Count cells: logits [B, P, V] in fp32 all along, and those of convolutions in another dtype."""
+        best, second = exact.topk(2).values.unbind(-1)
+        loss = best - exact.gather(-1, other.argmax(-1, keepdim=True)).squeeze(-1)
+        same = exact.argmax(-1) == other.argmax(-1)
+        self.cells += same.numel()
+        self.same += int(same.sum())
+        self.overflowed += int((~other.isfinite()).any(-1).sum())
+        self.largest_loss = max(self.largest_loss, loss.max().item())
+        self.total_lead += (best - second).sum().item()
+
+
+def agreement_with_fp32(
+    encoder: DalleEncoder, batches: Iterable[torch.Tensor], dtypes: Sequence[torch.dtype]
+) -> dict[torch.dtype, Agreement]:
+    """What rounding in each of `dtypes` does to the tokens of all cells.
+
+    Args:
+        batches: uint8 [B, H, W, 3] on the encoder's device, of few images: a cell has `vocab_size` fp32 logits, of
+            which there are two sets at a time.
+
+    Raises:
+        ValueError: as of `DalleEncoder.forward`.
+    """
+    found = {dtype: Agreement() for dtype in dtypes}
+    for images in batches:
+        # As cuDNN is set by default, "fp32" would round products to TF32.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            exact = encoder.logits(images, torch.float32)
+        for dtype, agreement in found.items():
+            agreement.add(exact, encoder.logits(images, dtype))
+    return found

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import sys
@@ -8,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 from farl import cli
-from farl.tokens import DalleEncoder, convert_encoder_pickle
+from farl.tokens import DalleEncoder, convert_encoder_pickle, dalle
 from farl.tokens.__main__ import main
+from farl.tokens.dalle import agreement_with_fp32
+from farl_engine.data import write_shards
 
 
 def _small(vocab_size: int = 32, **options) -> DalleEncoder:
@@ -93,6 +97,63 @@ def test_last_convolution_runs_at_the_positions_alone(monkeypatch: pytest.Monkey
     monkeypatch.setattr(F, "linear", counted)
     encoder(_images(), torch.zeros(3, 2, dtype=torch.int32))
     assert rows == [6]
+
+
+def test_every_convolution_runs_channels_last() -> None:
+    encoder, layouts = _small(), {}
+    for name, module in encoder.named_modules():
+        if hasattr(module, "w"):
+            module.register_forward_hook(
+                lambda _, given, made, name=name: layouts.update({name: (given[0].stride(), made.stride())})
+            )
+    encoder(_images(size=32))
+    assert len(layouts) == 1 + 8 * 4 + 3  # the last one is a product of matrices
+    assert all(stride[1] == 1 for strides in layouts.values() for stride in strides)
+
+
+def test_large_batches_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, images, sizes = _small(), _images(batch=7), []
+    positions = torch.tensor([[0, 3], [2, -1], [-1, -1], [1, 2], [0, -1], [3, -1], [0, 1]], dtype=torch.int32)
+    whole, chosen = encoder(images), encoder(images, positions)
+    monkeypatch.setattr(dalle, "_PIXELS_AT_ONCE", 3 * 16 * 16)
+    encoder.get_submodule("blocks.input").register_forward_hook(lambda _, given, made: sizes.append(len(made)))
+    assert torch.equal(encoder(images), whole) and torch.equal(encoder(images, positions), chosen)
+    assert sizes == [3, 3, 1] * 2
+    sizes.clear()
+    assert encoder(images[:4]).shape == (4, 4) and sizes == [2, 2]
+    assert encoder(images[:0]).shape == (0, 4)
+
+
+def test_logits_of_a_large_batch_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, images, rows = _small(), _images(batch=5), []
+    whole, linear = encoder(images), F.linear
+
+    def counted(x: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+        rows.append(len(x))
+        return linear(x, *args)
+
+    monkeypatch.setattr(F, "linear", counted)
+    monkeypatch.setattr(dalle, "_LOGITS_AT_ONCE", 6 * encoder.vocab_size)
+    assert torch.equal(encoder(images), whole)
+    assert rows == [5, 5, 5, 5]
+
+
+def test_agreement_with_fp32_counts_tokens_and_overflow() -> None:
+    # Random weights make near ties of many logits: a trained encoder's agreement is another.
+    torch.manual_seed(0)
+    encoder = DalleEncoder(8192, hidden=8, blocks_per_group=2, token_image_size=16)
+    batches = [_images(batch=40), _images(batch=24)]
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    same, half, brain = agreement_with_fp32(encoder, batches, dtypes).values()
+    assert same.cells == half.cells == brain.cells == 64 * 4
+    assert (same.share, same.largest_loss, same.overflowed) == (1.0, 0.0, 0)
+    rounded = DalleEncoder.from_state_dict(encoder.state_dict(), compute_dtype=torch.bfloat16)
+    assert brain.same == sum(int((rounded(images) == encoder(images)).sum()) for images in batches)
+    assert 0.5 < brain.share <= half.share and brain.share < 1
+    assert 0 < brain.largest_loss < brain.mean_lead
+    encoder.get_parameter("blocks.input.w").mul_(1e6)
+    half, brain = agreement_with_fp32(encoder, batches[:1], dtypes[1:]).values()
+    assert half.overflowed == half.cells and brain.overflowed == 0
 
 
 def test_convolutions_run_in_the_asked_dtype_and_the_last_in_fp32() -> None:
@@ -240,6 +301,33 @@ def test_command_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     torch.save(_small().state_dict(), tmp_path / "encoder.pkl")
     assert main(["convert", str(tmp_path / "encoder.pkl"), str(tmp_path / "out.safetensors")]) == 0
     assert "32 tokens" in capsys.readouterr().out
+
+
+def _photographs(folder: Path, broken: bool = False) -> Path:
+    """A shard of ten pictures, or of ten files that are none."""
+    samples = []
+    for i, picture in enumerate(_images(batch=10, size=48).numpy()):
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        samples.append({"key": f"{i:03d}", "image": b"none" if broken else buffer.getvalue(), "caption": "a picture"})
+    return write_shards(samples, folder / "pictures-%d.tar")[0]
+
+
+def test_command_reports_the_agreement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(_small().state_dict(), tmp_path / "encoder.safetensors")
+    words = ["agreement", str(tmp_path / "encoder.safetensors"), "--model", "farl-tiny", "--device", "cpu"]
+    assert main([*words, "--data", str(_photographs(tmp_path)), "--limit", "9"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    # farl-tiny has 8 x 8 patches.
+    assert told[-3].startswith("576 cells of images of 64 pixels, on cpu")
+    assert [line.partition(" ")[0] for line in told[-2:]] == ["fp16:", "bf16:"]
+    assert "% of the tokens are those of fp32" in told[-1]
+    with pytest.raises(SystemExit) as leaving:
+        main([*words, "--data", "x", "--limit", "0"])
+    assert leaving.value.code == 2
+    (tmp_path / "bad").mkdir()
+    with pytest.raises(ValueError, match="none of the 10 images"):
+        main([*words, "--data", str(_photographs(tmp_path / "bad", broken=True))])
 
 
 def test_wrong_arguments_are_named() -> None:
