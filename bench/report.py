@@ -44,6 +44,8 @@ python -m bench.report                           # draws this page
 - Loaders and decoders are timed in turns, each started afresh for every round and measured once its workers are under
   way. "Time over ours" is the median of the ratios to the first row's contender within a round (to a load split of 0.65
   for decoding), with the smallest and the largest: of seven rounds these hold the median with 98 % confidence.
+- A whole step with decoding is training by the real loop, from shards of photographs; "time over ours" there is over
+  the same loop on batches that are on the device already.
 - Peak memory is what one call takes beyond its inputs; for a whole step, all that PyTorch allocated.
 """
 GPU_MISSING = """

@@ -126,7 +126,7 @@ def steps_of(name: str, cuda: bool, tests: tuple[str, ...] = ()) -> tuple[Step, 
     if name == "pointwise":
         return suite(*POINTWISE)
     if name == "loader":
-        return suite("decoding", "loader")
+        return suite("decoding", "loader", "end_to_end")
     checks = {
         "kernel_tests": (kernel_tests(cuda, tests),),
         "gpu_tests": (gpu_tests(cuda),),

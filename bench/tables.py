@@ -96,11 +96,13 @@ def _columns(results: Results, op: str, shape: str, shown: list[str]) -> dict[st
         columns[MODE_HEADS[each]] = {
             name: duration(time.seconds) + ("" if _graph(time) else "°") for name, time in of_mode if time is not None
         }
-    if op == "whole step" or (mode == "both" and "pictures_per_second" in next(iter(found.values())).info):
+    if op.startswith("whole step") or (mode == "both" and "pictures_per_second" in next(iter(found.values())).info):
         columns = {"time": next(iter(columns.values()))}
     rates = (("pairs_per_second", "pairs/s"), ("pictures_per_second", "pictures/s"))
     for key, head in rates:
         columns[head] = {name: f"{time.info[key]:,.0f}" for name, time in found.items() if key in time.info}
+    waits = {name: time.info["data_wait_fraction"] for name, time in found.items() if "data_wait_fraction" in time.info}
+    columns["waits for data"] = {name: f"{100 * share:.1f} %" for name, share in waits.items()}
     turns = {name: time.info["times_ours"] for name, time in found.items() if "times_ours" in time.info}
     columns["time over ours, in turns"] = {
         name: "" if value == [1.0, 1.0, 1.0] else "{:.2f} ({:.2f} to {:.2f})".format(*value)
