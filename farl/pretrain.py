@@ -26,6 +26,7 @@ from farl.initialize import (
     visual_tokenizer,
 )
 from farl.masking import mask_sizes
+from farl.memory import memory_warning
 from farl.profiling import run_profiler, work_of
 from farl.resume import check_resumable, check_same_encoder, snapshot
 from farl.shards import describe_mix, open_shards, sample_order
@@ -97,6 +98,11 @@ def pretrain(config: TrainConfig) -> None:
     network = model if world.size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
     max_masked, _ = mask_sizes(model.config.vision.grid, config.mask_ratio)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
+    if world.device.type == "cuda" and config.engine == "fused":
+        capacity = torch.cuda.get_device_properties(world.device).total_memory
+        problem = memory_warning(config, model.config, world_size=world.size, bf16=bf16, capacity=capacity)
+        if problem is not None:
+            say(world, problem)
     token_size = tokenizer.token_image_size if tokenizer else None
     decoder = choose_decoder(
         config.decoder,

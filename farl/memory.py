@@ -1,0 +1,454 @@
+"""Memory of a training step, from the sizes of the model before anything runs, and the largest batch that fits.
+
+Counted are the tensors that autograd keeps, op by op as the autograd functions of `farl_kernels` save them;
+docs/memory.md says what is exact and what is left out.
+
+    python -m farl.memory farl-b16 --gpu-memory 80 --world-size 8 --global-batch 5120
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, NamedTuple
+
+import torch
+from tyro.conf import Positional, arg
+
+from farl import cli
+from farl.config import TrainConfig
+from farl.flops import CAPTION_TOKENS
+from farl.masking import MASK_RATIO, mask_sizes
+from farl.model import MODELS, FaRL, ModelConfig
+
+GB = 10**9
+# Of a device's memory, for what is not counted: the CUDA context, fragments of the allocator, NCCL's buffers.
+MARGIN = 0.06
+# What the losses work on at a time on a GPU (farl_kernels.gemm.logit_chunk_bytes).
+CHUNK_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a process's training step.
+
+    Attributes:
+        weights, gradients, moments: float32; gradients are DDP's buckets where there are several processes.
+        batch: images, captions, masks and visual tokens of the process's whole share of the global batch.
+        image, masked, text: what the image tower on both streams, the masked branch with its head, and the text tower
+            keep for the backward pass.
+        features: of both towers, for the contrastive loss, with those gathered from the other processes.
+        casts: bfloat16 copies of weights that autograd keeps.
+        workspace: the most that either loss works on beside all of these, and casts that live no longer.
+        backward: the most that the backward pass holds beyond what was kept: gradients, and a block computed again.
+        held_gradients: whether gradients are there while the activations are: with several processes or micro-batches.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    batch: int
+    image: int
+    masked: int
+    text: int
+    features: int
+    casts: int
+    workspace: int
+    backward: int
+    held_gradients: bool
+
+    @property
+    def activations(self) -> int:
+        """What is kept from the forward pass for the backward pass."""
+        return self.image + self.masked + self.text + self.features + self.casts
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Bytes at the three moments that can be the peak."""
+        always = self.weights + self.moments + self.batch
+        held = always + self.activations + (self.gradients if self.held_gradients else 0)
+        return {
+            "end of the forward pass": held + self.workspace,
+            "backward pass": held + self.backward,
+            "optimizer step": always + self.gradients,
+        }
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+
+class _Tower(NamedTuple):
+    """Bytes that blocks keep; `wide` bytes a number of the residual stream, `size` of everything else."""
+
+    width: int
+    hidden: int
+    heads: int
+    size: int
+    wide: int
+
+    def norm(self, rows: int) -> int:
+        """The sum that it normalises, and two statistics a row."""
+        return rows * (self.width * self.wide + 8)
+
+    def block(self, rows: int) -> int:
+        """Two norms; inputs of four products, qkv (result and input of the attention), input of the activation."""
+        return 2 * self.norm(rows) + rows * (self.size * (6 * self.width + 2 * self.hidden) + 4 * self.heads)
+
+    def at_rows(self, rows: int, queries: int, *, copied: bool) -> int:
+        """`Block.at_rows`; `copied`: the query rows are a copy, not a view."""
+        asked = self.norm(queries) + queries * (self.size * (3 * self.width + 2 * self.hidden) + 4 * self.heads)
+        return self.norm(rows) + 3 * rows * self.size * self.width + asked + copied * queries * self.size * self.width
+
+    def entry(self, rows: int) -> int:
+        """The stream before a block: all that is kept of a block that is computed again."""
+        return rows * self.width * (self.size + self.wide)
+
+    def entries(self, rows: int, layers: int) -> int:
+        """The streams before `layers` blocks, the first of which has no residual yet."""
+        return rows * self.width * self.wide + (layers - 1) * self.entry(rows)
+
+    def gradients(self, rows: int) -> int:
+        """The most that a block's backward pass holds beside what was kept: the stream's gradient and the MLP's."""
+        return rows * self.size * (self.width + self.hidden)
+
+
+def predict_memory(
+    config: ModelConfig,
+    *,
+    pairs: int,
+    global_batch: int = 0,
+    world_size: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    masked: bool = True,
+    contrast: bool = True,
+    mask_ratio: float = MASK_RATIO,
+    caption_tokens: int = CAPTION_TOKENS,
+    checkpoint_activations: bool = False,
+    fused: bool = True,
+) -> Memory:
+    """Memory of `farl.step.TrainStep` in a process.
+
+    Args:
+        pairs: image-text pairs that a process runs at once; fewer than its share of `global_batch` are micro-batches.
+        global_batch: pairs of an update; 0: `pairs` of each process.
+        dtype: of the towers: torch.bfloat16 by autocast, or torch.float32. Weights are float32.
+        masked: with the masked branch, if the model has one.
+        contrast: False where --contrastive-weight is 0: neither captions nor clean images.
+        caption_tokens: mean length of a caption, start and end token included.
+        fused: what the Triton ops keep. False: the CPU's ops, which pad captions (all taken as equally long).
+
+    Raises:
+        ValueError: a number that is not positive, another dtype, or neither branch to train.
+    """
+    if min(pairs, world_size, caption_tokens) < 1 or global_batch < 0:
+        raise ValueError(
+            f"pairs {pairs}, world_size {world_size} and caption_tokens {caption_tokens} must be at least 1, "
+            f"and global_batch {global_batch} at least 0"
+        )
+    if dtype not in (torch.bfloat16, torch.float32) or (dtype != torch.float32 and not fused):
+        raise ValueError(f"dtype is {dtype}; use torch.float32, or torch.bfloat16 with the fused ops")
+    mim = config.mim if masked else None
+    if mim is None and not contrast:
+        raise ValueError("neither captions nor a masked branch: there is nothing to train")
+    share = max(pairs, -(-global_batch // world_size))
+    vision, text, size = config.vision, config.text, dtype.itemsize
+    tower = _Tower(vision.width, round(vision.width * vision.mlp_ratio), vision.heads, size, size)
+    # The embeddings of captions are float32, and so the residual stream stays.
+    words = _Tower(text.width, round(text.width * text.mlp_ratio), text.heads, size, 4)
+
+    patches, most = vision.num_patches, mask_sizes(vision.grid, mask_ratio)[0]
+    rows, streams = pairs * (patches + 1), int(contrast) + int(mim is not None)
+    both = streams * rows
+    stem = pairs * patches * 3 * vision.patch_size**2 * size + tower.norm(both)
+    last = int(contrast) * tower.at_rows(rows, pairs, copied=False) + (tower.block(rows) if mim else 0)
+    pooled = int(contrast) * (tower.norm(pairs) + pairs * vision.width * size)
+    if checkpoint_activations:
+        image = stem + tower.entries(both, vision.layers) + pooled
+    else:
+        image = stem + (vision.layers - 1) * tower.block(both) + last + pooled
+
+    branch = asked = 0
+    if mim is not None:
+        asked = tower.at_rows(rows, pairs * most, copied=True)
+        kept = mim.layers * tower.entry(rows)
+        branch = kept if checkpoint_activations else (mim.layers - 1) * tower.block(rows) + asked
+        # Index of the rows, the last norm, and the gradients that the token loss makes in its forward pass.
+        branch += pairs * most * 8 + tower.norm(pairs * most) + pairs * most * vision.width * size
+        branch += 4 * mim.vocab_size * (vision.width + 1)
+
+    tokens, captions = pairs * caption_tokens, 0
+    if contrast:
+        captions = 8 * (tokens + pairs) + words.norm(pairs) + pairs * text.width * size
+        if checkpoint_activations:
+            captions += words.entries(tokens, text.layers)
+        else:
+            captions += (text.layers - 1) * words.block(tokens) + words.at_rows(tokens, pairs, copied=True)
+            if not fused:
+                captions += _padded(words, tokens, pairs, text.layers)
+
+    features = _features(config, pairs, share, world_size, size) if contrast else 0
+    workspace = _workspace(config, pairs, share, world_size, size, most, contrast=contrast, masked=mim is not None)
+    numbers = _numbers(config, masked=mim is not None, contrast=contrast)
+    casts = again = 0
+    if size == 2:
+        # What is computed again casts its weights again; until autocast ends, its own cache holds them all the same.
+        projections = int(contrast) * (vision.width + text.width) * config.embed_dim
+        casts = size * (projections if checkpoint_activations else numbers.cast)
+        again = size * numbers.cast - casts
+    batch = share * 3 * vision.image_size**2
+    batch += int(contrast) * share * (8 * caption_tokens + 4)
+    # Mask, positions and targets, and tokens of all patches where they are cached.
+    batch += share * (patches + 12 * most + 4 * patches) if mim is not None else 0
+
+    # What the gradients of the rows that nobody asks for take, before anything larger is let go.
+    stream = rows * vision.width * size
+    backward = (4 if mim else 3) * stream
+    if checkpoint_activations:
+        # The two streams part before the last block, where gradients of stream and residual become two tensors.
+        in_trunk = tower.block(both) + tower.gradients(both) - branch - tower.entry(both) + (streams - 1) * 2 * stream
+        in_last = last + tower.gradients(rows) + stream - branch
+        candidates = [in_trunk] * (vision.layers > 1) + [in_last] + [asked + 5 * stream] * (mim is not None)
+        backward = max(0, *candidates)
+    return Memory(
+        weights=4 * numbers.all,
+        gradients=4 * numbers.trained,
+        moments=8 * numbers.trained,
+        batch=batch,
+        image=image,
+        masked=branch,
+        text=captions,
+        features=features,
+        casts=casts,
+        workspace=workspace + again,
+        backward=backward,
+        held_gradients=world_size > 1 or pairs < share,
+    )
+
+
+def _padded(words: _Tower, tokens: int, pairs: int, layers: int) -> int:
+    """What the CPU's attention keeps more of captions: packed rows beside padded ones, and sums over tokens."""
+    block = tokens * (words.size * words.width + 16)
+    last = tokens * (words.size * words.width + 4 * words.heads + 9) + pairs * 5 * words.heads
+    return (layers - 1) * block + last
+
+
+def _features(config: ModelConfig, pairs: int, share: int, world_size: int, size: int) -> int:
+    wide = 4 if size < 4 else 0
+    everybody = share * world_size * config.embed_dim * size if world_size > 1 else 0
+    if pairs == share:
+        # Of both towers: the features, their float32 copy and the normalised ones; then numbers of each pair.
+        return 2 * pairs * config.embed_dim * (2 * size + wide) + 60 * pairs + everybody
+    # Of both towers and all micro-batches: features, the leaves made of them, their gradients; normalised texts; and
+    # what carries the gradient into a micro-batch.
+    return (7 * share + 4 * pairs) * config.embed_dim * size + everybody
+
+
+def _workspace(
+    config: ModelConfig,
+    pairs: int,
+    share: int,
+    world_size: int,
+    size: int,
+    most: int,
+    *,
+    contrast: bool,
+    masked: bool,
+) -> int:
+    """Of the loss that takes more; with micro-batches the contrastive one runs beside no activations."""
+    found = [0]
+    if masked and config.mim is not None:
+        head = config.mim.vocab_size * config.vision.width
+        logits = min(CHUNK_BYTES, 4 * pairs * most * config.mim.vocab_size)
+        found.append(logits + (head * (size + 4) if size == 2 else 0))
+    if contrast and pairs == share:
+        texts = share * world_size
+        sums = 4 * config.embed_dim * (pairs + texts)
+        found.append(min(CHUNK_BYTES, pairs * texts * size) + sums)
+    return max(found)
+
+
+class _Numbers(NamedTuple):
+    """How many there are in all parameters, in those that are trained, and in what autocast casts of these."""
+
+    all: int
+    trained: int
+    cast: int
+
+
+@functools.cache
+def _numbers(config: ModelConfig, *, masked: bool, contrast: bool) -> _Numbers:
+    with torch.device("meta"):
+        model = FaRL(config if masked else replace(config, mim=None))
+    if not contrast:
+        model.train_masked_branch_alone()
+    parameters = dict(model.named_parameters())
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    # Not cast, or not kept: what is looked up, the loss's own matrix, and the patches' (pixels want no gradient).
+    uncast = ("embedding", "token_embedding.weight", "lm_head.weight", "conv1.weight")
+    cast = sum(p.numel() for name, p in trained.items() if p.ndim > 1 and not name.endswith(uncast))
+    if masked and contrast:
+        # The last block of the image tower casts its projection whole for one stream and in parts for the other.
+        cast += 3 * config.vision.width**2
+    every = sum(p.numel() for p in parameters.values())
+    return _Numbers(every, sum(p.numel() for p in trained.values()), cast)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a step is to run: `pairs` at once in each process (`micro_batch`: the option, 0 for all), what it needs."""
+
+    pairs: int
+    micro_batch: int
+    checkpoint_activations: bool
+    memory: Memory
+
+
+def fits(memory: Memory, capacity: float) -> bool:
+    """Whether the prediction leaves `MARGIN` of `capacity` bytes."""
+    return memory.peak <= (1 - MARGIN) * capacity
+
+
+def largest_batch(config: ModelConfig, capacity: float, *, world_size: int = 1, **options: bool | int) -> int:
+    """The most pairs a process that fit `capacity` bytes without micro-batches; 0 if not even one does.
+
+    `options` are those of `predict_memory`. The global batch is that of all processes.
+    """
+
+    def fit(pairs: int) -> bool:
+        return fits(predict_memory(config, pairs=pairs, world_size=world_size, **options), capacity)  # type: ignore[arg-type]
+
+    if not fit(1):
+        return 0
+    good, bad = 1, 2
+    while fit(bad):
+        good, bad = bad, 2 * bad
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fit(middle) else (good, middle)
+    return good
+
+
+def choose_micro_batch(
+    config: ModelConfig, capacity: float, *, global_batch: int, world_size: int = 1, **options: bool | int
+) -> Setting | None:
+    """The largest equal parts of a process's share of `global_batch` that fit; None if not even single pairs do."""
+    share = -(-global_batch // world_size)
+    parts = 1
+    while True:
+        pairs = -(-share // parts)
+        memory = predict_memory(
+            config,
+            pairs=pairs,
+            global_batch=global_batch,
+            world_size=world_size,
+            **options,  # type: ignore[arg-type]
+        )
+        if fits(memory, capacity):
+            again = bool(options.get("checkpoint_activations", False))
+            return Setting(pairs, 0 if parts == 1 else pairs, again, memory)
+        if pairs == 1:
+            return None
+        # The next number of parts that makes them smaller.
+        parts = -(-share // (pairs - 1))
+
+
+def choose_setting(
+    config: ModelConfig, capacity: float, *, global_batch: int, world_size: int = 1, **options: bool | int
+) -> Setting | None:
+    """The cheapest that fits: all at once, else micro-batches, else micro-batches of blocks computed again."""
+    for again in (False, True):
+        found = choose_micro_batch(
+            config,
+            capacity,
+            global_batch=global_batch,
+            world_size=world_size,
+            **options | {"checkpoint_activations": again},
+        )
+        if found is not None:
+            return found
+    return None
+
+
+def memory_warning(
+    config: TrainConfig, sizes: ModelConfig, *, world_size: int, bf16: bool, capacity: float
+) -> str | None:
+    """One line for a run that is predicted not to fit `capacity` bytes of each process's device, or None.
+
+    Args:
+        sizes: those of the model built, of which the masked branch counts if it is there.
+    """
+    share = -(-config.global_batch // world_size)
+    options = {
+        "dtype": torch.bfloat16 if bf16 else torch.float32,
+        "contrast": config.contrastive_weight > 0,
+        "mask_ratio": config.mask_ratio,
+    }
+    call = {"global_batch": config.global_batch, "world_size": world_size, **options}
+    pairs = min(config.micro_batch or share, share)
+    memory = predict_memory(sizes, pairs=pairs, checkpoint_activations=config.checkpoint_activations, **call)  # type: ignore[arg-type]
+    if fits(memory, capacity):
+        return None
+    found = choose_micro_batch(
+        sizes,
+        capacity,
+        checkpoint_activations=config.checkpoint_activations,
+        **call,  # type: ignore[arg-type]
+    ) or choose_setting(sizes, capacity, **call)  # type: ignore[arg-type]
+    advice = "not even single pairs fit: take a smaller --model, or more processes"
+    if found is not None:
+        again = " --checkpoint-activations" if found.checkpoint_activations > config.checkpoint_activations else ""
+        advice = f"--micro-batch {found.micro_batch}{again} would take {found.memory.peak / GB:.1f} GB"
+    return (
+        f"this run may not fit: {pairs} pairs at once take an estimated {memory.peak / GB:.1f} GB "
+        f"of {capacity / GB:.1f} GB ({MARGIN:.0%} of it kept free); {advice}"
+    )
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    model: Annotated[Positional[str], arg(metavar="MODEL")] = "farl-b16"
+    """Sizes of the model, as for farl.train."""
+    gpu_memory: float = 80.0
+    """Memory of a GPU, in GB of 10^9 bytes."""
+    world_size: int = 1
+    """Processes, one a GPU."""
+    global_batch: int = 5120
+    """Pairs an update, over all processes."""
+
+
+def describe(memory: Memory) -> str:
+    """The parts and phases as lines of text, in GB."""
+    parts = {f.name.replace("_", " "): getattr(memory, f.name) for f in fields(memory) if f.name != "held_gradients"}
+    parts = {name: size for name, size in parts.items() if size} | memory.phases
+    return "\n".join(f"{name:<24}{size / GB:9.2f} GB" for name, size in parts.items())
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = cli.parse(
+        MemoryOptions,
+        argv,
+        prog="farl.memory",
+        description="Predicted memory of a training step in bf16, and the batch that fits a GPU.",
+    )
+    if options.model not in MODELS:
+        raise ValueError(f"there is no model {options.model!r}; use one of {', '.join(MODELS)}")
+    for name in ("gpu_memory", "world_size", "global_batch"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be more than 0")
+    sizes, capacity, world = MODELS[options.model], options.gpu_memory * GB, options.world_size
+    print(f"{options.model} in bf16 on {world} x {options.gpu_memory:g} GB: ESTIMATES, not measured.\n")
+    for again in (False, True):
+        most = largest_batch(sizes, capacity, world_size=world, checkpoint_activations=again)
+        print(f"largest batch a process, blocks {'computed again' if again else 'kept'}: {most:,} pairs")
+    found = choose_setting(sizes, capacity, global_batch=options.global_batch, world_size=world)
+    if found is None:
+        print(f"\n--global-batch {options.global_batch} does not fit: take more GPUs")
+        return
+    again = " --checkpoint-activations" if found.checkpoint_activations else ""
+    print(f"\n--global-batch {options.global_batch} --micro-batch {found.micro_batch}{again}\n")
+    print(describe(found.memory))
+
+
+if __name__ == "__main__":
+    cli.run(main, "farl.memory")
