@@ -239,4 +239,14 @@ PHOTOGRAPHS = Plan(
     seeds=(0, 1, 2),
 )
 
-PLANS = {plan.name: plan for plan in (SHORT, SHORT_PARSING, LONG, PHOTOGRAPHS)}
+# After `photographs`: does alignment with few labels separate with twice the updates and new seeds?
+PHOTOGRAPHS_ALIGNMENT = replace(
+    PHOTOGRAPHS,
+    name="photographs-alignment",
+    about="alignment of photographs with 10 % of the labels, twice the updates of `photographs`, five new seeds",
+    tasks=(replace(PHOTOGRAPHS.tasks[1], updates=400),),
+    fractions=(0.1,),
+    seeds=(3, 4, 5, 6, 7),
+)
+
+PLANS = {plan.name: plan for plan in (SHORT, SHORT_PARSING, LONG, PHOTOGRAPHS, PHOTOGRAPHS_ALIGNMENT)}
