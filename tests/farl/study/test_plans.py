@@ -47,7 +47,8 @@ def test_tasks_fit_the_model_and_the_protocols(plan: Plan) -> None:
         task_module(task.name)
         assert task.crop % vision.patch_size == 0
         assert set(task.settings) <= known
-    assert len(plan.seeds) >= 5
+    # Reading photographs costs as much as training on them, so their first plan has three.
+    assert len(plan.seeds) >= (5 if plan.faces is not None else 3)
     assert sorted(plan.fractions) == list(plan.fractions)
 
 
