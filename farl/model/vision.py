@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from farl.model.blocks import LayerNorm, Stream, Transformer, take_first
 from farl.model.config import IMAGE_MEAN, IMAGE_STD, ModelConfig
 from farl_kernels.patch_masking import mask_patches, patchify
+from farl_kernels.precision import autocast_dtype
 
 
 class VisionTower(nn.Module):
@@ -88,8 +89,7 @@ class VisionTower(nn.Module):
             height, width = self._size_of(images)
             raise ValueError(f"images of {height} x {width} pixels: the model takes {size} x {size}")
         weight = self.conv1.weight
-        device = weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = autocast_dtype(weight.device) or weight.dtype
         raw = images.dtype == torch.uint8
         patches = patchify(
             images,

@@ -37,13 +37,6 @@ class NoTokenizer:
         raise AssertionError
 
 
-@pytest.fixture(autouse=True)
-def no_autocast_without_storage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch raises where it is asked for the autocast of "meta"."""
-    asked = torch.is_autocast_enabled
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device != "meta" and asked(device))
-
-
 def masked_of(config: ModelConfig) -> int:
     return mask_sizes(config.vision.grid)[0]
 
