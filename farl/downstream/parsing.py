@@ -120,10 +120,10 @@ class ParsingTask:
         """
         labels = batch["labels"]
         logits = _to_crop(outputs, self.crop)
-        weights = balanced_weights(labels, len(self.classes)) if self.small else None
+        pixels = mean_over_processes(_pixels_by_class(labels, len(self.classes)))
+        weights = balanced_weights(pixels) if self.small else None
         total = F.cross_entropy(logits, labels, weight=weights, ignore_index=UNLABELLED, reduction="sum")
-        labelled = mean_over_processes((labels != UNLABELLED).sum().float())
-        return {"loss": total / labelled.clamp(min=1)}
+        return {"loss": total / pixels.sum().clamp(min=1)}
 
     def metric(self) -> ParsingMetric:
         return ParsingMetric(self.classes)
@@ -137,7 +137,15 @@ class ParsingTask:
         return draw_sheet(samples, predictions, scores, self.classes)
 
 
-def balanced_weights(labels: Tensor, classes: int) -> Tensor:
+def _pixels_by_class(labels: Tensor, classes: int) -> Tensor:
+    """float32 [classes]: how many of `labels` (int64, any shape) are each class; 255 is none of them."""
+    # All 256 values of a label: unlike bincount, this never asks a GPU for the largest one.
+    labels = labels.flatten()
+    ones = torch.ones_like(labels, dtype=torch.float32)
+    return ones.new_zeros(256).scatter_add_(0, labels, ones)[:classes]
+
+
+def balanced_weights(pixels: Tensor) -> Tensor:
     """A weight for each class, float32 [classes]: one over the root of its share of the labelled pixels of a batch.
 
     Brows and lips are a hundredth of a small face: with equal weights thousands of updates pass before they are ever
@@ -145,16 +153,12 @@ def balanced_weights(labels: Tensor, classes: int) -> Tensor:
     that do not occur have weight 0.
 
     Args:
-        labels: int64, any shape; 255 is not labelled.
+        pixels: how many there are of each class, [classes].
     """
-    # All 256 values of a label: unlike bincount, this never asks a GPU for the largest one.
-    labels = labels.flatten()
-    ones = torch.ones_like(labels, dtype=torch.float32)
-    counts = ones.new_zeros(256).scatter_add_(0, labels, ones)[:classes]
     # In float64, so that any number of processes comes to the same weights.
-    counts = mean_over_processes(counts).double()
-    weights = torch.where(counts > 0, counts.rsqrt(), 0.0)
-    return (weights * (counts.sum() / (weights * counts).sum().clamp(min=1e-12))).float()
+    pixels = pixels.double()
+    weights = torch.where(pixels > 0, pixels.rsqrt(), 0.0)
+    return (weights * (pixels.sum() / (weights * pixels).sum().clamp(min=1e-12))).float()
 
 
 class ParsingMetric:

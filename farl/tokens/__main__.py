@@ -114,7 +114,7 @@ def agreement(argv: list[str]) -> int:
     from farl.initialize import load_encoder
     from farl.progress import Progress
     from farl.shards import open_shards
-    from farl.tokens.dalle import agreement_with_fp32
+    from farl.tokens.agreement import agreement_with_fp32
     from farl_engine import distributed
     from farl_engine.data import CpuDecoder
 

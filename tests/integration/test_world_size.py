@@ -1,4 +1,4 @@
-"""The same run on 1, 2, 3 and 4 processes: the same samples, the same losses."""
+"""The same run on 1, 2, 3, 4 and 8 processes: the same samples, the same losses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def runs() -> dict[int, tuple[list[Any], list[Any]]]:
     return {}
 
 
-@pytest.mark.parametrize("processes", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
 def test_samples_and_losses_do_not_depend_on_the_number_of_processes(
     processes: int,
     runs: dict[int, tuple[list[Any], list[Any]]],

@@ -204,7 +204,7 @@ def mask_patches(
     if mode == "gather":
         if visible is None:
             raise ValueError(f"{op}: visible is None, want int32 [{batch}, K] with mode 'gather'")
-        if visible.dtype not in (torch.int32, torch.int64) or visible.ndim != 2 or len(visible) != batch:
+        if visible.dtype not in (torch.int32, torch.int64) or visible.ndim != 2 or visible.shape[0] != batch:
             raise ValueError(f"{op}: visible is {describe(visible)}, want int32 [{batch}, K]")
         check_device(op, "visible", visible, "embeddings", embeddings)
         mask = mask_token = None

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from farl import cli
 from farl.tokens import DalleEncoder, convert_encoder_pickle, dalle
 from farl.tokens.__main__ import main
-from farl.tokens.dalle import agreement_with_fp32
 from farl_engine.data import write_shards
 
 
@@ -136,24 +135,6 @@ def test_logits_of_a_large_batch_are_made_in_parts(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dalle, "_LOGITS_AT_ONCE", 6 * encoder.vocab_size)
     assert torch.equal(encoder(images), whole)
     assert rows == [5, 5, 5, 5]
-
-
-def test_agreement_with_fp32_counts_tokens_and_overflow() -> None:
-    # Random weights make near ties of many logits: a trained encoder's agreement is another.
-    torch.manual_seed(0)
-    encoder = DalleEncoder(8192, hidden=8, blocks_per_group=2, token_image_size=16)
-    batches = [_images(batch=40), _images(batch=24)]
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    same, half, brain = agreement_with_fp32(encoder, batches, dtypes).values()
-    assert same.cells == half.cells == brain.cells == 64 * 4
-    assert (same.share, same.largest_loss, same.overflowed) == (1.0, 0.0, 0)
-    rounded = DalleEncoder.from_state_dict(encoder.state_dict(), compute_dtype=torch.bfloat16)
-    assert brain.same == sum(int((rounded(images) == encoder(images)).sum()) for images in batches)
-    assert 0.5 < brain.share <= half.share and brain.share < 1
-    assert 0 < brain.largest_loss < brain.mean_lead
-    encoder.get_parameter("blocks.input.w").mul_(1e6)
-    half, brain = agreement_with_fp32(encoder, batches[:1], dtypes[1:]).values()
-    assert half.overflowed == half.cells and brain.overflowed == 0
 
 
 def test_convolutions_run_in_the_asked_dtype_and_the_last_in_fp32() -> None:
