@@ -266,11 +266,12 @@ def test_collapsed_features_and_one_pair(device: torch.device) -> None:
 def test_nan_stays_where_it_belongs(dense: ModuleType, device: torch.device, bad: float) -> None:
     image, text = (x.to(device, torch.float32) for x in dense.pairs(9, 4))
     image[3, 2] = bad
-    rows = contrastive_loss(image, text, torch.tensor(5.0, device=device), reduction="none", kind="sigmoid", backend="triton")
+    scale = torch.tensor(5.0, device=device)
+    rows = contrastive_loss(image, text, scale, reduction="none", kind="sigmoid", backend="triton")
     assert isinstance(rows, Tensor)
     assert not rows[3].isfinite() and rows[torch.arange(9) != 3].isfinite().all()
     (losses, *gradients), _ = run(
-        [x.requires_grad_() for x in (image, text, torch.tensor(5.0, device=device))],
+        [x.requires_grad_() for x in (image, text, scale)],
         torch.ones(9, device=device),
         backend="triton",
     )
