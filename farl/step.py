@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from farl.buckets import padded
 from farl.masking import mask_sizes
 from farl.model import FaRL, PackedText, TrainingOutput
-from farl.tokenizer import pack
+from farl.tokenizer import CONTEXT_LENGTH, pack
 from farl.tokens import VisualTokenizer
 from farl_engine.data import Batch
 from farl_engine.distributed import World
@@ -67,10 +69,14 @@ class TextParts:
         return TextParts(tuple(part.pin_memory() for part in self.parts))
 
 
-def pack_parts(captions: list[str], micro_batch: int) -> TextParts:
-    """Tokenize, pack and cut into parts of `micro_batch` captions, the last one of what is left; 0 does not cut."""
+def pack_parts(captions: list[str], micro_batch: int, *, pad: bool = False) -> TextParts:
+    """Tokenize, pack and cut into parts of `micro_batch` captions, the last one of what is left; 0 does not cut.
+
+    With `pad`, to one of a few lengths (see `farl.buckets`).
+    """
     whole, size = pack(captions), micro_batch or len(captions)
-    return TextParts(tuple(whole.part(slice(start, start + size)) for start in range(0, len(captions), size)))
+    parts = tuple(whole.part(slice(start, start + size)) for start in range(0, len(captions), size))
+    return TextParts(padded(parts, CONTEXT_LENGTH) if pad else parts)
 
 
 @dataclass(frozen=True)
@@ -112,9 +118,11 @@ class TrainStep:
         contrastive_weight: weight of the contrastive loss; 0 computes neither it nor the text tower nor the clean
             images, of a model that was told so (`FaRL.train_masked_branch_alone`).
         mask_ratio: largest share of patches to mask in an image.
-        autocast: run the towers in bfloat16.
+        autocast: run the towers in bfloat16 (by `FaRL.compute_dtype`, without torch.autocast); parameters and their
+            gradients stay float32.
         engine: "fused" takes the fastest backend of each op; "eager" the plain reference of each; "compile" those
-            under torch.compile, one graph of both towers for captions of all lengths. The losses are the same.
+            under torch.compile, one graph of both towers for captions of all lengths; "graph" is "fused" in an update
+            that is recorded (`farl_engine.graphs`). The losses are the same.
     """
 
     def __init__(
@@ -141,8 +149,8 @@ class TrainStep:
         self._contrastive_weight = contrastive_weight
         self._max_masked, self._min_block = mask_sizes(self._model.config.vision.grid, mask_ratio)
         self._seed = seed
-        self._autocast = autocast
-        self._backend = None if engine == "fused" else "reference"
+        self._compute_dtype = torch.bfloat16 if autocast else None
+        self._backend = None if engine in ("fused", "graph") else "reference"
         self._compiled = engine == "compile"
         if self._compiled:
             # The call of the model alone: an evaluation encodes with the plain methods.
@@ -287,10 +295,18 @@ class TrainStep:
         loss = self._contrastive_weight * contrast + self._mim_weight * mim
         return {"loss": loss, "loss_contrastive": contrast, "loss_mim": mim, **others}
 
-    def _precision(self) -> contextlib.AbstractContextManager[object]:
-        if not self._autocast:
-            return contextlib.nullcontext()
-        return torch.autocast(self._world.device.type, dtype=torch.bfloat16)
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        """The model's forward pass in the step's dtype; what else uses the model (an evaluation) has its own.
+
+        The backward pass needs nothing of it: what it computes again has its dtype from the tensors that were kept.
+        """
+        before = self._model.compute_dtype
+        self._model.compute_dtype = self._compute_dtype or before
+        try:
+            yield
+        finally:
+            self._model.compute_dtype = before
 
     def _no_sync(self) -> contextlib.AbstractContextManager[object]:
         if isinstance(self._network, DistributedDataParallel):

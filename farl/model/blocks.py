@@ -20,6 +20,7 @@ from farl.model.config import Activation, LayerNormCast
 from farl_kernels.activation import gelu, quick_gelu
 from farl_kernels.attention import masked_attention, masked_attention_packed, single_query_attention
 from farl_kernels.layer_norm import add_layer_norm
+from farl_kernels.linear_layer import linear
 
 EPS = 1e-5
 Result = TypeVar("Result")
@@ -91,7 +92,7 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor, *, causal: bool, packing: Packing | None) -> Tensor:
         """[n, N, C], or packed [T, C], to the same shape; the bias of `out_proj` is left to the caller."""
-        qkv = F.linear(h, self.in_proj_weight).unflatten(-1, (3, self.heads, -1))
+        qkv = linear(h, self.in_proj_weight).unflatten(-1, (3, self.heads, -1))
         bias = self.in_proj_bias.view(3, self.heads, -1)
         if packing is None:
             out = masked_attention_packed(qkv, qkv_bias=bias, causal=causal)
@@ -99,7 +100,7 @@ class Attention(nn.Module):
             out = masked_attention_packed(
                 qkv, qkv_bias=bias, cu_seqlens=packing.cu_seqlens, max_seqlen=packing.max_seqlen, causal=causal
             )
-        return F.linear(out.flatten(-2), self.out_proj.weight)
+        return linear(out.flatten(-2), self.out_proj.weight)
 
     def at_rows(self, h: Tensor, rows: Tensor, packing: Packing | None) -> Tensor:
         """Queries from `rows` ([n, C]: one a sequence; or [n, K, C]), keys and values from all of h; like `rows`.
@@ -109,8 +110,8 @@ class Attention(nn.Module):
         width = h.shape[-1]
         q_weight, kv_weight = self.in_proj_weight.split([width, 2 * width])
         q_bias, kv_bias = self.in_proj_bias.split([width, 2 * width])
-        q = F.linear(rows, q_weight, q_bias).unflatten(-1, (self.heads, -1))
-        kv = F.linear(h, kv_weight, kv_bias).unflatten(-1, (2, self.heads, -1))
+        q = linear(rows, q_weight, q_bias).unflatten(-1, (self.heads, -1))
+        kv = linear(h, kv_weight, kv_bias).unflatten(-1, (2, self.heads, -1))
         if packing is not None:
             out = single_query_attention(q, kv, cu_seqlens=packing.cu_seqlens, max_seqlen=packing.max_seqlen)
         elif rows.ndim == 2:
@@ -118,7 +119,7 @@ class Attention(nn.Module):
         else:
             k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
             out = masked_attention(q.transpose(1, 2), k, v).transpose(1, 2)
-        return F.linear(out.flatten(-2), self.out_proj.weight)
+        return linear(out.flatten(-2), self.out_proj.weight)
 
 
 class Mlp(nn.Module):
@@ -133,7 +134,7 @@ class Mlp(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """[..., C] to [..., C]; the bias of `c_proj` is left to the caller."""
-        return F.linear(self._activation(F.linear(h, self.c_fc.weight), self.c_fc.bias), self.c_proj.weight)
+        return linear(self._activation(linear(h, self.c_fc.weight), self.c_fc.bias), self.c_proj.weight)
 
 
 class Block(nn.Module):

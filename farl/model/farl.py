@@ -139,6 +139,18 @@ class FaRL(TextTower):
         return self.visual.visual_features(images, blocks)
 
     @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """Dtype of products and features, such as torch.bfloat16; None is that of the parameters, or of autocast.
+
+        The parameters stay what they are (float32), and so do their gradients: see `farl_kernels.linear`.
+        """
+        return self._compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, value: torch.dtype | None) -> None:
+        self._compute_dtype = self.visual.compute_dtype = value
+
+    @property
     def checkpoint_activations(self) -> bool:
         """Recompute each block in the backward pass instead of keeping its activations. Set it before training."""
         return self.transformer.checkpoint_activations

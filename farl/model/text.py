@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from farl.model.blocks import Block, LayerNorm, Packing, Stream, Transformer, take_indexed
 from farl.model.config import ModelConfig, TextConfig
+from farl_kernels.linear_layer import linear
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class TextTower(nn.Module):
         super().__init__()
         text = config.text
         self.text_config: TextConfig = text
+        self._compute_dtype: torch.dtype | None = None
         self.token_embedding = nn.Embedding(text.vocab_size, text.width)
         self.positional_embedding = nn.Parameter(torch.empty(text.context_length, text.width))
         self.transformer = Transformer(
@@ -95,11 +97,19 @@ class TextTower(nn.Module):
                 f"captions of up to {text.max_seqlen} tokens: the model takes {self.text_config.context_length}"
             )
         packing = Packing(text.cu_seqlens, text.max_seqlen)
-        x = self.token_embedding(text.tokens) + F.embedding(self._positions(text), self.positional_embedding)
-        stream = self.transformer.all_but_last(Stream(x), causal=True, packing=packing)
+        stream = self.transformer.all_but_last(self._embed(text), causal=True, packing=packing)
         take = take_indexed(text.cu_seqlens[1:].long() - 1)
         stream = self.transformer.run(self.transformer.last.at_rows, stream, take, packing)
-        return self.ln_final(stream)[0] @ self.text_projection
+        return linear(self.ln_final(stream)[0], self.text_projection.t())
+
+    def _embed(self, text: PackedText) -> Stream:
+        """Tokens with their positions [T, width]; the residual stream has the dtype of the parameters throughout."""
+        words = self.token_embedding(text.tokens)
+        places = F.embedding(self._positions(text), self.positional_embedding)
+        if self._compute_dtype is None:
+            return Stream(words + places)
+        # The first norm adds them, and what it gives has the dtype of its x.
+        return Stream(places.to(self._compute_dtype), words)
 
     def _positions(self, text: PackedText) -> Tensor:
         """Position of each token in its caption, int64 [T]; past the last caption some valid position."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from farl.model.blocks import LayerNorm, Stream, Transformer, take_first
 from farl.model.config import IMAGE_MEAN, IMAGE_STD, ModelConfig
+from farl_kernels.linear_layer import linear
 from farl_kernels.patch_masking import mask_patches, patchify
 from farl_kernels.precision import autocast_dtype
 
@@ -18,13 +19,15 @@ from farl_kernels.precision import autocast_dtype
 class VisionTower(nn.Module):
     """Images to features. Parameter names are those under `visual.` in the released checkpoints.
 
-    Under autocast the residual stream has the autocast dtype, as in open_clip's image tower.
+    The residual stream has the dtype of the computation: of autocast (as in open_clip's image tower), else
+    `compute_dtype`, else of the parameters.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         vision = config.vision
         self.config = vision
+        self.compute_dtype: torch.dtype | None = None
         scale = vision.width**-0.5
         self.conv1 = nn.Conv2d(3, vision.width, vision.patch_size, stride=vision.patch_size, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(vision.width))
@@ -89,7 +92,7 @@ class VisionTower(nn.Module):
             height, width = self._size_of(images)
             raise ValueError(f"images of {height} x {width} pixels: the model takes {size} x {size}")
         weight = self.conv1.weight
-        dtype = autocast_dtype(weight.device) or weight.dtype
+        dtype = autocast_dtype(weight.device) or self.compute_dtype or weight.dtype
         raw = images.dtype == torch.uint8
         patches = patchify(
             images,
@@ -98,7 +101,7 @@ class VisionTower(nn.Module):
             std=IMAGE_STD if raw else None,
             dtype=dtype,
         )
-        return F.linear(patches, weight.flatten(1))
+        return linear(patches, weight.flatten(1))
 
     def start(self, x: Tensor) -> Stream:
         """The stream that enters the first block, from embeddings with positions."""
@@ -106,7 +109,7 @@ class VisionTower(nn.Module):
 
     def pool(self, stream: Stream) -> Tensor:
         """Features [n, embed_dim] from the stream [n, C] of the class tokens after the last block."""
-        return self.ln_post(stream)[0] @ self.proj
+        return linear(self.ln_post(stream)[0], self.proj.t())
 
     @staticmethod
     def _size_of(images: Tensor) -> tuple[int, int]:

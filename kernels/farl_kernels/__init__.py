@@ -14,6 +14,7 @@ from farl_kernels.attention import (
 from farl_kernels.contrastive import ContrastiveLoss, contrastive_loss, gather_features
 from farl_kernels.dispatch import use_backend
 from farl_kernels.layer_norm import add_layer_norm
+from farl_kernels.linear_layer import linear
 from farl_kernels.patch_masking import mask_patches, patchify, sample_block_masks
 from farl_kernels.token_loss import masked_token_cross_entropy
 
@@ -24,6 +25,7 @@ __all__ = [
     "contrastive_loss",
     "gather_features",
     "gelu",
+    "linear",
     "mask_patches",
     "masked_attention",
     "masked_attention_packed",
