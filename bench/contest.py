@@ -9,6 +9,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -328,16 +329,35 @@ def _peak_bytes(call: Callable[[], Any]) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def compiled(function: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
-    """`function` through torch.compile with fixed shapes; on a GPU only. Forgets what was compiled before."""
-    if not CUDA:
+def compiled(function: Callable[..., Any], *, fullgraph: bool = True, whole_step: bool = False) -> Callable[..., Any]:
+    """`function` through torch.compile with fixed shapes. Forgets what was compiled before.
+
+    Args:
+        whole_step: every forward pass is followed by one backward pass, as in training, and it is worth the minutes
+            that a C++ compiler takes for a CPU; single ops are compiled for a GPU only.
+    """
+    if not (CUDA or whole_step):
         raise NotMeasuredError("compiled versions are measured on a GPU")
+    need_compiler()
     import torch._functorch.config as functorch
 
     # The backward pass alone is timed by running it several times over one graph.
-    functorch.donated_buffer = False
+    functorch.donated_buffer = whole_step
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False, fullgraph=fullgraph)
+
+
+def need_compiler() -> None:
+    """NotMeasuredError where torch.compile finds no C++ compiler, without which it does nothing for a CPU."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    # pytest would keep its thousands of lines, and print them with a failure.
+    logging.getLogger("torch.__trace").propagate = False
+    try:
+        get_cpp_compiler()
+    except RuntimeError:
+        if not CUDA:
+            raise NotMeasuredError("torch.compile finds no C++ compiler") from None
 
 
 def need(name: str) -> Any:

@@ -5,6 +5,9 @@ triton, numpy, pytest and pytest-benchmark. Whatever else is missing is named in
 section runs in processes of its own, under a time-out, and writes one JSON file; a failing section does not stop the
 others. ``summary.txt`` says what came of it, and the exit status is 1 if anything failed. Without a GPU (or with
 ``--device cpu``) it runs reduced.
+
+The section ``training`` makes real training runs (`bench.training`) and is run only if asked for by name: it takes all
+the time that a section has.
 """
 
 from __future__ import annotations
@@ -91,7 +94,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=0.0, help="for all sections together; default: no limit")
     parser.add_argument("--section-minutes", type=float, default=SECTION_MINUTES, help="at most, for one section")
     parser.add_argument("--tests", nargs="+", default=(), help="files or folders instead of tests/kernels")
-    parser.add_argument("--photographs", type=Path, help="tar of photographs on which to compare decoders")
+    parser.add_argument("--photographs", type=Path, help="tar of photographs with captions, for decoders and training")
     parser.add_argument("--match", help="pytest's -k for the benchmarks and tests")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.sections if name not in NAMES]
@@ -167,13 +170,15 @@ def run_step(
             command += [f"--junitxml={junit}", *(["-k", match] if match else [])]
         if step.kind == "benchmarks":
             command.append(f"--benchmark-json={target}")
+        if step.kind == "files":
+            command.append(f"--out={target.parent}")
         begun = time.time()
         code = run(section, command, environment, log, seconds)
         outcome = Outcome(step.title, "ok", seconds=time.time() - begun)
         output = log.read_text(errors="replace")
         if step.kind == "json":
             read_json(outcome, output, code)
-        else:
+        elif step.kind != "files":
             read_junit(outcome, junit)
         absent = absent_package(outcome) if step.kind == "benchmarks" else None
         if code is None:
@@ -185,7 +190,7 @@ def run_step(
         # 5: pytest found nothing to run, 1 with no failure: it could not collect.
         elif code not in (0, 5) or outcome.failures:
             outcome.status = "failed"
-        elif step.kind != "json" and not outcome.counts.get("passed"):
+        elif step.kind in ("benchmarks", "tests") and not outcome.counts.get("passed"):
             outcome.status = "not measured"
             outcome.line = next(iter(outcome.skipped), "nothing to run")
         if outcome.bad:
@@ -214,8 +219,8 @@ def run(section: str, command: list[str], environment: dict[str, str], log: Path
                 return None
             if time.time() - told > PROGRESS_SECONDS:
                 told = time.time()
-                lines = log.read_text(errors="replace").split()
-                say(f"[{section}] ... {lines[-1][-70:] if lines else 'starting'}")
+                lines = log.read_text(errors="replace").strip().splitlines()
+                say(f"[{section}] ... {lines[-1][-100:] if lines else 'starting'}")
             time.sleep(0.2)
     return process.returncode
 
@@ -313,7 +318,14 @@ def summary(machine: dict[str, Any], outcomes: dict[str, list[Outcome]], out: Pa
             lines += [f"    skipped: {number} x {reason}" for reason, number in outcome.skipped.items()][:20]
             if outcome.tail:
                 lines += ["    | " + line for line in outcome.tail.splitlines()]
-    lines += ["", f"{seconds:.0f} s in all", "", *short_table(load(out))]
+    lines += ["", f"{seconds:.0f} s in all", ""]
+    runs = json.loads((out / "training.json").read_text()) if "training" in outcomes else {}
+    if "training" in runs:
+        # Here, because it draws with matplotlib, which another section can do without.
+        from bench.training_report import words
+
+        lines += [*words(runs), ""]
+    lines += short_table(load(out))
     return "\n".join(lines) + "\n"
 
 

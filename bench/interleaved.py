@@ -23,13 +23,19 @@ Start = Callable[[], Generator[Any, None, None]]
 
 
 def take_turns(
-    starts: dict[str, Start], batches: int, *, rounds: int = ROUNDS, finish: Callable[[], object] = lambda: None
+    starts: dict[str, Start],
+    batches: int,
+    *,
+    first: int = FIRST_BATCHES,
+    rounds: int = ROUNDS,
+    finish: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds a batch of each contender, one figure a round.
 
     Args:
         starts: each returns a generator of batches, which is closed after its turn.
-        batches: how many are timed. finish: waits for what is still under way on a device.
+        batches: how many are timed. first: how many before these are not.
+        finish: waits for what is still under way on a device.
     """
     times: dict[str, list[float]] = {name: [] for name in starts}
     names = list(starts)
@@ -37,7 +43,7 @@ def take_turns(
         # Not always behind the same one.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             with contextlib.closing(starts[name]()) as stream:
-                for _ in range(FIRST_BATCHES):
+                for _ in range(first):
                     next(stream)
                 finish()
                 begun = time.perf_counter()

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import plots
+from bench import plots, training_report
 from bench.results import Results, load
-from bench.tables import NOT_MEASURED, missing, table
+from bench.tables import NOT_MEASURED, breakdown, missing, table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,6 +24,7 @@ Drawn by `python -m bench.report` from the files under [`bench/results`](../benc
 ```
 make bench                                       # what this machine can run, as a comparison in the terminal
 python -m bench.gpu --out bench/results/NAME     # checks and measures everything on a GPU machine
+python -m bench.training --out bench/results/NAME --photographs TAR    # real training runs, on a CPU too
 python -m bench.report                           # draws this page
 ```
 
@@ -46,7 +47,17 @@ python -m bench.report                           # draws this page
   for decoding), with the smallest and the largest: of seven rounds these hold the median with 98 % confidence.
 - A whole step with decoding is training by the real loop, from shards of photographs; "time over ours" there is over
   the same loop on batches that are on the device already.
-- Peak memory is what one call takes beyond its inputs; for a whole step, all that PyTorch allocated.
+- Whole steps and the image tower are checked on the batch that they are timed with, against the reference ops in
+  float32. On a CPU they are timed in turns, like loaders; "time over ours" is that to "farl". What torch.compile needs
+  is in no time: "first call" holds it, of the forward and the backward pass (seconds where its cache was warm).
+- Useful are the products that a FaRL step needs, whoever makes it (`farl.flops`); MFU is their rate as a share of the
+  GPU's peak, HFU that of the products really taken, with padding and rows that nobody reads, as torch counts them (of
+  a compiled step, in its eager form). A CPU has no such peak: the rates themselves are given.
+- The parts of a step are those of `farl.train --profile`; "least time" is that of the part's products at the rate of
+  one large product, or of its bytes at that of one large copy.
+- Batches on a GPU are the largest of a few that `farl.memory` predicts to fit it.
+- Peak memory is what one call takes beyond its inputs; for a whole step and the image tower, all that PyTorch allocated
+  (on a CPU weights, moments, and the most that a step allocates beyond them).
 """
 GPU_MISSING = """
 ## On a GPU
@@ -89,6 +100,7 @@ def page(results: Results, images: Path, beside: Path) -> list[str]:
     lines = [f"## {machine.get('device', results.folder.name)}", ""]
     lines += provenance(results)
     lines += checked(results)
+    lines += training_report.section(results.folder, images, beside)
     pictures = plots.draw(results, images, results.folder.name)
     for op in results.ops:
         lines += [f"### {plots.capital(op)}", ""]
@@ -96,6 +108,7 @@ def page(results: Results, images: Path, beside: Path) -> list[str]:
             lines += [f"![{op}]({pictures[op].relative_to(beside).as_posix()})", ""]
         for shape in results.shapes(op):
             lines += table(results, op, shape)
+            lines += breakdown(results, op, shape)
         facts = [f"- {text}" for text in results.facts.get(op, ())]
         lines += [*facts, ""] if facts else []
         lines += missing(results, op)

@@ -28,7 +28,8 @@ class Step:
     Args:
         title: what it is called in the summary.
         command: None where it cannot be run; then `reason` says why.
-        kind: "benchmarks" (pytest with --benchmark-json), "tests" (pytest), or "json" (prints a JSON object).
+        kind: "benchmarks" (pytest with --benchmark-json), "tests" (pytest), "json" (prints a JSON object), or "files"
+            (writes its own into --out).
         minutes: at most this long, whatever the section may take.
         left_out: what of it cannot be run here, and why.
         environment: variables for this command.
@@ -111,10 +112,15 @@ def ceilings() -> Step:
     return Step("ceilings", (sys.executable, "-m", "bench.ceilings"), "json", minutes=3)
 
 
+def training() -> Step:
+    """Real runs of `farl.train`, which take whatever time they are given."""
+    return Step("real training runs", (sys.executable, "-m", "bench.training"), "files")
+
+
 POINTWISE = ("layer_norm", "activation", "patch_mask", "token_loss")
-# One file each and the summary: eight files.
+# One file each and the summary: eight files. Training takes a call of its own (two files and the summary).
 DEFAULT = ("ceilings", "correctness", "attention", "pointwise", "contrastive", "step", "loader")
-NAMES = (*DEFAULT, *POINTWISE, "kernel_tests", "gpu_tests", "sanitizer")
+NAMES = (*DEFAULT, "training", *POINTWISE, "kernel_tests", "gpu_tests", "sanitizer")
 
 
 def steps_of(name: str, cuda: bool, tests: tuple[str, ...] = ()) -> tuple[Step, ...]:
@@ -123,8 +129,12 @@ def steps_of(name: str, cuda: bool, tests: tuple[str, ...] = ()) -> tuple[Step, 
         raise ValueError(f"there is no section {name!r}; there are {', '.join(NAMES)}")
     if name == "ceilings":
         return (ceilings(),)
+    if name == "training":
+        return (training(),)
     if name == "pointwise":
         return suite(*POINTWISE)
+    if name == "step":
+        return suite("step", "image_tower")
     if name == "loader":
         return suite("decoding", "loader", "end_to_end")
     checks = {

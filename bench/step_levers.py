@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.interleaved import Ratio
-from bench.test_step import SMALL, GivenTokens, fresh, synthetic
+from bench.step_training import CAPTION_TOKENS, SMALL, GivenTokens, fresh, synthetic
 from farl.flops import eliminated_flops, training_flops
 from farl.masking import mask_sizes
 from farl.model import FaRL, PackedText
@@ -27,7 +27,6 @@ from farl.step import TextParts, TrainStep
 from farl_engine.distributed import World
 
 PAIRS, ROUNDS = 16, 5
-CAPTION_TOKENS = 17  # the mean of `synthetic`
 
 
 def whole_block(self: Block, stream: Stream, take: TakeRows, packing: Packing | None = None) -> Stream:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from bench.results import Key, Result, Results, is_ours
 
 NOT_MEASURED = "not measured"
+# A smaller share of a step has no row of its own.
+SMALL_PART = 0.005
 MODE_HEADS = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 
 
@@ -110,13 +112,69 @@ def _columns(results: Results, op: str, shape: str, shown: list[str]) -> dict[st
     }
     if peer is not None:
         columns["against the best peer"] = {name: ratio(peer.seconds / time.seconds) for name, time in found.items()}
+    columns |= _utilisation(found)
     bound = {name: time.info["floor_seconds"] / time.seconds for name, time in found.items() if _floored(time)}
     columns["of the ceiling"] = {name: f"{100 * share:.0f} %" for name, share in bound.items()}
-    peaks = {name: time.info["peak_bytes"] for name, time in found.items() if "peak_bytes" in time.info}
-    columns["peak memory"] = {name: size(peak) for name, peak in peaks.items()}
+    columns["peak memory"] = {name: _peak(time) for name, time in found.items() if "peak_bytes" in time.info}
+    first = {name: time.info["first_call_seconds"] for name, time in found.items() if _compiled(time)}
+    columns["first call"] = {name: duration(first[name]) if name in first else "" for name in found if first}
     errors = {name: max(time.info["errors"].values()) for name, time in found.items() if time.info.get("errors")}
     columns["largest error"] = {name: f"{error:.1e}" for name, error in errors.items()}
     return {head: cells for head, cells in columns.items() if cells}
+
+
+def _utilisation(found: dict[str, Result]) -> dict[str, dict[str, str]]:
+    """Products that a step needs and products that it takes: as shares of the GPU's peak, or rates where none is known.
+
+    Of a contender whose products could not be counted only the first is told.
+    """
+    told = {name: time for name, time in found.items() if "flop_computed" in time.info}
+    if not told:
+        return {}
+    peaked = all("peak_flop_per_second" in time.info for time in told.values())
+
+    def cells(key: str) -> dict[str, str]:
+        rates = {name: time.info[key] / time.seconds for name, time in told.items() if time.info[key] is not None}
+        if peaked:
+            return {
+                name: f"{100 * rate / told[name].info['peak_flop_per_second']:.0f} %" for name, rate in rates.items()
+            }
+        return {name: f"{rate / 1e9:,.0f}" for name, rate in rates.items()}
+
+    heads = ("MFU", "HFU") if peaked else ("useful GFLOP/s", "all GFLOP/s")
+    return {heads[0]: cells("flop"), heads[1]: cells("flop_computed")}
+
+
+def _compiled(time: Result) -> bool:
+    return "torch.compile" in time.contender and "first_call_seconds" in time.info
+
+
+def _peak(time: Result) -> str:
+    predicted = time.info.get("predicted_bytes")
+    return size(time.info["peak_bytes"]) + (f" ({size(predicted)} predicted)" if predicted else "")
+
+
+def breakdown(results: Results, op: str, shape: str) -> list[str]:
+    """A Markdown table of the seconds of a step by part, for each contender that has them."""
+    lines: list[str] = []
+    mode = main_mode(results, op, shape)
+    for name in results.contenders(op, shape):
+        time = results.time(op, shape, mode, name) if mode is not None else None
+        if time is None or "parts" not in time.info:
+            continue
+        whole = time.info["parts_seconds"]
+        lines += [f"Parts of the step of {name} ({duration(whole)} under the profiler):", ""]
+        lines += ["| part | forward | backward | of the step | least time |", "|---|---:|---:|---:|---:|"]
+        rest = 0.0
+        for part in time.info["parts"]:
+            seconds = part["forward"] + part["backward"]
+            if seconds < SMALL_PART * whole or part["part"] == "other":
+                rest += seconds
+                continue
+            times = [duration(part[key]) if part[key] else "" for key in ("forward", "backward", "floor")]
+            lines.append(f"| {part['part']} | {times[0]} | {times[1]} | {100 * seconds / whole:.0f} % | {times[2]} |")
+        lines += [f"| all others | {duration(rest)} | | {100 * rest / whole:.0f} % | |", ""]
+    return lines
 
 
 def _graph(time: Result) -> bool:

@@ -21,9 +21,10 @@ import torch
 from bench.contest import NotMeasuredError, check_ready, clean_up, leave_out
 from bench.interleaved import Ratio, Replay
 from bench.photographs import SETS, PhotographSet
-from bench.test_step import CONFIG, GivenTokens, flop_per_pair, fresh
+from bench.step_training import SMALL, GivenTokens, flop_per_pair, fresh
 from bench.timing import CUDA, DEVICE
 from farl.initialize import UNDECAYED
+from farl.model import MODELS
 from farl.step import TrainStep, clamp_logit_scale, pack_parts
 from farl_engine.checkpoint import CheckpointStore
 from farl_engine.data import Batch, CropPlan, Loader, SampleOrder, ShardIndex
@@ -34,6 +35,7 @@ from farl_engine.metrics import MetricsLog, Progress
 from farl_engine.optim import parameter_groups
 
 OP = "whole step with decoding"
+CONFIG = MODELS["farl-b16"] if CUDA else SMALL
 PAIRS, THREADS, ROUNDS = (256, 8, 5) if CUDA else (16, 2, 3)
 # As many steps before the clock starts as are timed: more than the loader makes ahead.
 STEPS = 10 if CUDA else 4

@@ -107,6 +107,28 @@ def eliminated_flops(sizes: ModelConfig, *, masked: int, caption_tokens: int = C
     return found
 
 
+def encoder_flops(
+    *, masked: int, image_size: int = 112, vocab_size: int = 8192, hidden: int = 256, blocks_per_group: int = 2
+) -> float:
+    """FLOP of the visual tokens of one image by DALL-E's encoder (`farl.tokens.DalleEncoder`), which is not trained.
+
+    Its last convolution counts at the `masked` cells alone, where tokens are wanted. `training_flops` is without all of
+    it: add it where tokens are made in the step.
+    """
+    pixels, width = image_size**2, hidden
+    found = 2 * 7**2 * 3 * hidden * pixels
+    for group in range(4):
+        outputs = hidden << group
+        inner = outputs // 4
+        for _ in range(blocks_per_group):
+            past = width * outputs if width != outputs else 0
+            found += 2 * pixels * (3**2 * (width * inner + 2 * inner**2) + inner * outputs + past)
+            width = outputs
+        # Three times between four groups, the side is halved.
+        pixels //= 4 if group < 3 else 1
+    return float(found + 2 * masked * width * vocab_size)
+
+
 def count_flops(run: Callable[[], object]) -> int:
     """FLOP of the products taken while `run` runs, forward and backward, by torch's counter and `FORMULAS`.
 

@@ -10,7 +10,7 @@ import pytest
 
 from bench import report
 from bench.results import load
-from bench.tables import duration, missing, short_table, table
+from bench.tables import breakdown, duration, missing, short_table, table
 
 SHAPE = "197 tokens"
 
@@ -118,6 +118,63 @@ def test_loaders_have_rates_ratios_and_facts(folder: Path, tmp_path: Path) -> No
     text = out.read_text()
     assert "- Bad samples cost nothing." in text.split("### Loader")[1]
     assert "- Memory is flat." in text.split("### Decoding")[1]
+
+
+def whole_steps(folder: Path, **more: Any) -> Path:
+    """Results of a step of three contenders; the peer's compiled form could not be counted."""
+    parts = [
+        {"part": "image tower", "forward": 0.3, "backward": 0.5, "floor": 0.4},
+        {"part": "masks", "forward": 0.001, "backward": 0.0, "floor": None},
+        {"part": "optimizer", "forward": 0.195, "backward": 0.0, "floor": None},
+        {"part": "other", "forward": 0.004, "backward": 0.0, "floor": None},
+    ]
+    told: dict[str, dict[str, Any]] = {
+        "farl": {
+            "seconds": 1.0,
+            "flop_computed": 1.1e12,
+            "parts": parts,
+            "parts_seconds": 1.0,
+            "peak_bytes": 5 << 30,
+            "predicted_bytes": 4 << 30,
+        },
+        "peer": {"seconds": 2.0, "flop_computed": 2.4e12, "peak_bytes": 9 << 30},
+        "peer, torch.compile": {"seconds": 1.6, "flop_computed": None, "first_call_seconds": 61.0},
+    }
+    rows = []
+    for name, info in told.items():
+        made = time(name, "both", 0.0, flop=1e12, pairs_per_second=64 / info["seconds"], **more)
+        made["extra_info"] |= info | {"op": "whole step", "shape": "small", "floor_seconds": 0.0}
+        rows.append(made)
+    write(folder / "step.json", rows)
+    return folder
+
+
+def test_whole_steps_tell_useful_and_all_products(folder: Path) -> None:
+    lines = table(load(whole_steps(folder)), "whole step", "small")
+    assert lines[2] == (
+        "|  | time | pairs/s | against the best peer | useful GFLOP/s | all GFLOP/s | peak memory | first call |"
+    )
+    assert lines[4] == "| **farl** | 1 s | 64 | 1.60x | 1,000 | 1,100 | 5,120 MiB (4,096 MiB predicted) |  |"
+    assert lines[5] == ("| peer, torch.compile | 1.6 s | 40 | 1.00x | 625 | not measured | not measured | 61 s |")
+
+
+def test_on_a_gpu_they_are_shares_of_its_peak(folder: Path) -> None:
+    lines = table(load(whole_steps(folder, peak_flop_per_second=2e12)), "whole step", "small")
+    assert "| MFU | HFU |" in lines[2] and "| 50 % | 55 % |" in lines[4] and "| 25 % | 60 % |" in lines[6]
+
+
+def test_the_parts_of_a_step_are_shown(folder: Path, tmp_path: Path) -> None:
+    lines = breakdown(load(whole_steps(folder)), "whole step", "small")
+    assert lines[4:] == [
+        "| image tower | 300 ms | 500 ms | 80 % | 400 ms |",
+        "| optimizer | 195 ms |  | 20 % |  |",
+        "| all others | 5 ms | | 0 % | |",
+        "",
+    ]
+    assert not breakdown(load(folder), "attention", SHAPE)
+    out = tmp_path / "docs" / "benchmarks.md"
+    report.main(["--results", str(folder.parent), "--out", str(out)])
+    assert "\n".join(lines[:6]) in out.read_text()
 
 
 def test_without_a_gpu_the_page_says_so(tmp_path: Path) -> None:

@@ -12,13 +12,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from farl.flops import count_flops, eliminated_flops, training_flops
+from farl.flops import count_flops, eliminated_flops, encoder_flops, training_flops
 from farl.masking import MASK_RATIO, mask_sizes
 from farl.model import MODELS, FaRL, MimConfig, ModelConfig, PackedText
 from farl.model.blocks import Block
 from farl.model.mim import MaskedVisionTower
 from farl.step import TextParts, TrainStep
+from farl.tokens import DalleEncoder
 from farl_engine.data import Batch
 from farl_engine.distributed import World
 from farl_kernels import use_backend
@@ -189,3 +191,18 @@ def test_formulas_of_the_fused_ops_are_those_of_the_plain_ones(keys: int | None)
         q, k = torch.zeros(b * h, m, d), torch.zeros(b * h, keys or m, d)
         plain = count_flops(lambda: (q @ k.mT) @ k)
     assert fused == plain
+
+
+@pytest.mark.parametrize("masked", [3, 75])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"image_size": 56, "vocab_size": 30, "hidden": 8, "blocks_per_group": 3}], ids=["released", "small"]
+)
+def test_an_encoder_of_visual_tokens_takes_what_the_model_of_it_says(sizes: dict[str, int], masked: int) -> None:
+    names = {"image_size": "token_image_size"}
+    # Autocast, which the encoder turns off, knows no device "meta".
+    with FakeTensorMode():
+        encoder = DalleEncoder(**{names.get(name, name): value for name, value in sizes.items()})
+        images = torch.zeros(PAIRS, encoder.token_image_size, encoder.token_image_size, 3, dtype=torch.uint8)
+        positions = torch.zeros(PAIRS, masked, dtype=torch.int32)
+        counted = count_flops(lambda: encoder(images, positions))
+    assert counted == PAIRS * encoder_flops(masked=masked, **sizes)
