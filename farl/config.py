@@ -70,10 +70,12 @@ class TrainConfig:
     precision: str = "auto"
     """Arithmetic of the towers: fp32, bf16, or auto (bf16 on a GPU, fp32 on a CPU). Weights stay fp32."""
     engine: str = "fused"
-    """How the same step is computed: fused (the fastest op for each machine), or plain ops, eager or through
-    torch.compile, to compare it with; their memory grows with the square of a process's caption tokens."""
-    checkpoint_activations: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    """How the same step is computed: fused (the fastest op for each machine), graph (the same, recorded once and
+    replayed, on one GPU; not yet tried on any), or plain ops, eager or through torch.compile, to compare it with; their
+    memory grows with the square of a process's caption tokens."""
+    save_memory: str = ""
+    """Ways to need less memory, with commas between: "recompute" (activations of each block, in the backward pass),
+    "shard" (weights, gradients and optimizer states shared out over the processes by FSDP2; DDP without it)."""
 
     device: str = "auto"
     """cpu, cuda, or auto."""
@@ -124,8 +126,15 @@ class TrainConfig:
             raise ValueError(f"--beta2 is {self.beta2}; it must be 0 or more and less than 1")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"--precision is {self.precision!r}; use auto, fp32 or bf16")
-        if self.engine not in ("fused", "compile", "eager"):
-            raise ValueError(f"--engine is {self.engine!r}; use fused, compile or eager")
+        if self.engine not in ("fused", "graph", "compile", "eager"):
+            raise ValueError(f"--engine is {self.engine!r}; use fused, graph, compile or eager")
+        for way in filter(None, self.save_memory.split(",")):
+            if way not in ("recompute", "shard"):
+                raise ValueError(f"--save-memory holds {way!r}; use recompute, shard, or both with a comma between")
+        if self.shard and self.engine not in ("fused", "eager"):
+            raise ValueError(
+                f"--save-memory shard does not go with --engine {self.engine}: use fused or eager, or leave shard out"
+            )
         if self.decoder not in ("auto", "dali", "cpu"):
             raise ValueError(f"--decoder is {self.decoder!r}; use auto, dali or cpu")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -144,6 +153,16 @@ class TrainConfig:
             raise ValueError(
                 f"--visual-tokens is {self.visual_tokens!r}; use codebook, dalle:FILE.safetensors or cache:DIR"
             )
+
+    @property
+    def recompute(self) -> bool:
+        """Whether --save-memory has activations computed again."""
+        return "recompute" in self.save_memory.split(",")
+
+    @property
+    def shard(self) -> bool:
+        """Whether --save-memory has the state shared out."""
+        return "shard" in self.save_memory.split(",")
 
 
 def quickstart() -> TrainConfig:
@@ -183,8 +202,11 @@ def farl_s16() -> TrainConfig:
 
 
 def farl_l16() -> TrainConfig:
-    """ViT-L/16, the "large" of FaRL's released code (its weights were never released)."""
-    return replace(farl_b16(), run_dir="runs/farl-l16", model="farl-l16", checkpoint_activations=True)
+    """ViT-L/16, the "large" of FaRL's released code (its weights were never released).
+
+    The micro-batch is the one that `farl.memory` predicts to fit a GPU of 80 GB.
+    """
+    return replace(farl_b16(), run_dir="runs/farl-l16", model="farl-l16", micro_batch=160)
 
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from farl.config import TrainConfig
 from farl.evaluation.features import spread_positions
 from farl.evaluation.pair_reader import read_batches
 from farl.model import MODELS, FaRL, ModelConfig, load_pretrained
+from farl.model.blocks import Transformer
 from farl.tokens import DalleEncoder, PatchCodebook, TokenCache, VisualTokenizer
 from farl.tokens.dalle import PIXELS_PER_TOKEN
 from farl_engine.data import CpuDecoder, CropPlan, FaceCropPlan, ShardIndex
 from farl_engine.data.face_crop import read_face_boxes
 from farl_engine.distributed import World, broadcast_object, say
 from farl_engine.optim import parameter_groups
+from farl_engine.sharding import load_optimizer, shard
 
 # Images that the codebook is fitted on: 128,000 patches for 512 codes at the sizes of farl-tiny.
 CODEBOOK_IMAGES = 2_000
@@ -41,6 +45,22 @@ def check_sources(config: TrainConfig, saved: dict[str, Any] | None) -> None:
     for option, name in files.items():
         if name and not Path(name).exists():
             raise ValueError(f"{option} names {name}, which does not exist: mend the path")
+
+
+def check_engine(config: TrainConfig, world: World) -> None:
+    """Whether --engine can run here and with the other settings.
+
+    Raises:
+        ValueError: --engine graph without a GPU, with several processes or with --profile.
+    """
+    if config.engine != "graph":
+        return
+    if world.device.type != "cuda":
+        raise ValueError(f"--engine graph records CUDA graphs, and this runs on {world.device}: use --engine fused")
+    if world.size > 1:
+        raise ValueError(f"--engine graph is for one process, and there are {world.size}: use --engine fused")
+    if config.profile:
+        raise ValueError("--profile shows nothing of the parts of a recorded update: use --engine fused with it")
 
 
 def crop_plan(config: TrainConfig, index: ShardIndex) -> CropPlan:
@@ -112,7 +132,10 @@ def fit_codebook(config: TrainConfig, index: ShardIndex, world: World) -> PatchC
             f"{len(images)} readable images in --data have {patches} patches, fewer than {config.model} has visual "
             f"tokens ({vocab_size}): give more images, a smaller --model, or --mim-weight 0"
         )
-    return PatchCodebook.fit(images, patch_size=sizes.vision.patch_size, vocab_size=vocab_size, seed=config.seed)
+    # The codes are the same on every device, and thousands of them take long on a CPU.
+    images = images.to(world.device)
+    fitted = PatchCodebook.fit(images, patch_size=sizes.vision.patch_size, vocab_size=vocab_size, seed=config.seed)
+    return fitted.to("cpu")
 
 
 def build_model(config: TrainConfig, tokenizer: VisualTokenizer | None, saved: dict[str, Any] | None) -> FaRL:
@@ -156,6 +179,48 @@ def _model_with_weights(config: TrainConfig, tokenizer: VisualTokenizer | None, 
     return model
 
 
+def share_out(model: FaRL, world: World) -> None:
+    """Share `model`, on the CPU and the same on every rank, out over the processes, and move it to the device.
+
+    Block by block but for the last one of each stack, which is computed by rows, in the trunk twice a step; it stays
+    with what belongs to no block. Vectors and what else AdamW does not decay stay whole, so that a parameter group
+    holds either whole parameters or shared ones, as the fused AdamW needs them.
+    """
+    shard(model, list(_shared_blocks(model)), keep=_stays_whole, world=world)
+
+
+@functools.cache
+def without_storage(sizes: ModelConfig, *, contrast: bool = True) -> FaRL:
+    """A model of which only names and shapes are there; its parameters want gradients as those of a run do."""
+    with torch.device("meta"):
+        model = FaRL(sizes)
+    if not contrast:
+        model.train_masked_branch_alone()
+    return model
+
+
+def shared_groups(model: FaRL) -> dict[str, list[Tensor]]:
+    """Parameters that `share_out` has gathered together: by the block's name, or "" for those of none.
+
+    "whole": those that are not shared out.
+    """
+    blocks = {block: name for name, block in model.named_modules() if block in _shared_blocks(model)}
+    names = {id(p): name for block, name in blocks.items() for p in block.parameters()}
+    groups: dict[str, list[Tensor]] = {"whole": [], "": []} | {name: [] for name in blocks.values()}
+    for name, parameter in model.named_parameters():
+        groups["whole" if _stays_whole(name, parameter) else names.get(id(parameter), "")].append(parameter)
+    return groups
+
+
+def _shared_blocks(model: FaRL) -> set[nn.Module]:
+    stacks = [module for module in model.modules() if isinstance(module, Transformer)]
+    return {block for stack in stacks for block in stack.resblocks[:-1]}
+
+
+def _stays_whole(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim < 2 or name.endswith(UNDECAYED)
+
+
 def build_optimizer(config: TrainConfig, model: FaRL, saved: dict[str, Any] | None) -> torch.optim.AdamW:
     """AdamW that heeds the loop's non-finite flag, with the moments of the checkpoint if there is one."""
     optimizer = torch.optim.AdamW(
@@ -166,7 +231,7 @@ def build_optimizer(config: TrainConfig, model: FaRL, saved: dict[str, Any] | No
         fused=True,
     )
     if saved is not None:
-        optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(optimizer, saved["optimizer"])
     return optimizer
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from farl import report
@@ -21,12 +22,15 @@ from farl.flops import training_flops
 from farl.initialize import (
     build_model,
     build_optimizer,
+    check_engine,
     check_sources,
     crop_plan,
+    share_out,
     visual_tokenizer,
 )
 from farl.masking import mask_sizes
 from farl.memory import memory_warning
+from farl.model import FaRL
 from farl.profiling import run_profiler, work_of
 from farl.resume import check_resumable, check_same_encoder, snapshot
 from farl.shards import describe_mix, open_shards, sample_order
@@ -35,12 +39,15 @@ from farl.tokenizer import pack
 from farl.tokens.cache import RepeatedCrops, StoredEncoder
 from farl_engine import distributed
 from farl_engine.checkpoint import CheckpointStore
-from farl_engine.data import CpuDecoder, Loader, choose_decoder
+from farl_engine.data import Batch, CpuDecoder, Loader, choose_decoder
 from farl_engine.data.shard_cache import ShardCache
 from farl_engine.distributed import say
+from farl_engine.graphs import CudaRecorder
 from farl_engine.loop import Run, Schedule, train
 from farl_engine.metrics import MetricsLog, Progress
 from farl_engine.optim import warmup_cosine
+from farl_engine.profiler import part
+from farl_engine.sharding import average_gradients, gathered, unsharded
 
 EVALUATION_PAIRS = 5_000
 LR_START = 1e-6
@@ -60,6 +67,7 @@ def pretrain(config: TrainConfig) -> None:
             f"--global-batch {config.global_batch} is not divisible by {world.size} processes: "
             f"use {below or world.size} or {below + world.size}"
         )
+    check_engine(config, world)
     run_dir = Path(config.run_dir)
     say(world, f"{config.model} on {world.size} x {world.device}, run folder {run_dir}")
     store = CheckpointStore(run_dir / "checkpoints", keep_last=config.keep_last)
@@ -88,17 +96,25 @@ def pretrain(config: TrainConfig) -> None:
     tokenizer = visual_tokenizer(config, index, world, saved, cache)
     if saved is not None:
         check_same_encoder(saved, config, tokenizer)
-    model = build_model(config, tokenizer, saved).to(world.device)
-    model.checkpoint_activations = config.checkpoint_activations
+    model = build_model(config, tokenizer, saved)
+    model.checkpoint_activations = config.recompute
+    sharded = config.shard and world.size > 1
+    if sharded:
+        share_out(model, world)
+    else:
+        model.to(world.device)
+        if config.shard:
+            say(world, "--save-memory shard has nothing to share out over one process")
     optimizer = build_optimizer(config, model, saved)
     if saved is not None:
         say(world, f"going on after step {start_step}")
     del saved
 
-    network = model if world.size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
+    alone = world.size == 1 or sharded
+    network = model if alone else DistributedDataParallel(model, gradient_as_bucket_view=True)
     max_masked, _ = mask_sizes(model.config.vision.grid, config.mask_ratio)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
-    if world.device.type == "cuda" and config.engine == "fused":
+    if world.device.type == "cuda" and config.engine in ("fused", "graph"):
         capacity = torch.cuda.get_device_properties(world.device).total_memory
         problem = memory_warning(config, model.config, world_size=world.size, bf16=bf16, capacity=capacity)
         if problem is not None:
@@ -123,19 +139,21 @@ def pretrain(config: TrainConfig) -> None:
         (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 
     def evaluate(step: int, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
-        return evaluate_retrieval(
-            model,
-            held_out,
-            pack,
-            world.device,
-            rank=world.rank,
-            world_size=world.size,
-            group=world.control,
-            should_stop=should_stop,
-            max_pairs=EVALUATION_PAIRS,
-            threads=config.threads,
-            autocast=torch.bfloat16 if bf16 else None,
-        )
+        # The ranks have different numbers of batches to encode.
+        with unsharded(model):
+            return evaluate_retrieval(
+                model,
+                held_out,
+                pack,
+                world.device,
+                rank=world.rank,
+                world_size=world.size,
+                group=world.control,
+                should_stop=should_stop,
+                max_pairs=EVALUATION_PAIRS,
+                threads=config.threads,
+                autocast=torch.bfloat16 if bf16 else None,
+            )
 
     loader = Loader(
         index,
@@ -145,7 +163,7 @@ def pretrain(config: TrainConfig) -> None:
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,
-        text_transform=partial(pack_parts, micro_batch=config.micro_batch),
+        text_transform=partial(pack_parts, micro_batch=config.micro_batch, pad=config.engine == "graph"),
         visual_tokens=cache.rows if cache is not None else None,
         threads=config.threads,
         max_bad_fraction=config.max_bad_fraction,
@@ -174,22 +192,23 @@ def pretrain(config: TrainConfig) -> None:
             engine=config.engine,
             say=partial(say, world),
         )
+    training_step = TrainStep(
+        network,
+        world,
+        tokenizer,
+        mim_weight=config.mim_weight,
+        contrastive_weight=config.contrastive_weight,
+        mask_ratio=config.mask_ratio,
+        seed=config.seed,
+        autocast=bf16,
+        engine=config.engine,
+    )
     run = Run(
         world=world,
         model=model,
         optimizer=optimizer,
         loader=loader,
-        forward_backward=TrainStep(
-            network,
-            world,
-            tokenizer,
-            mim_weight=config.mim_weight,
-            contrastive_weight=config.contrastive_weight,
-            mask_ratio=config.mask_ratio,
-            seed=config.seed,
-            autocast=bf16,
-            engine=config.engine,
-        ),
+        forward_backward=averaging(training_step, model) if sharded else training_step,
         after_update=lambda: clamp_logit_scale(model) if config.contrastive_weight else {},
         snapshot=lambda step: snapshot(step, config, model, optimizer, tokenizer, index),
         evaluate=evaluate if held_out is not None and config.contrastive_weight else None,
@@ -201,11 +220,18 @@ def pretrain(config: TrainConfig) -> None:
         flops_per_sample=training_flops(model.config, masked=max_masked, contrast=config.contrastive_weight > 0),
         start_step=start_step,
         profiler=profiler,
+        recorder=CudaRecorder(world.device) if config.engine == "graph" else None,
     )
     with loader, profiler or nullcontext():
         step, stopped_by = train(run)
     if log is not None:
         log.close()
+    if sharded and step == config.steps and stopped_by is None:
+        weights = gathered(model.state_dict())
+        model = FaRL(model.config)
+        if world.is_main:
+            model.load_state_dict(weights)
+            model.to(world.device)
     # The report is drawn by rank 0 alone: the others need not wait for it.
     distributed.finish(world)
     if stopped_by is not None:
@@ -221,6 +247,19 @@ def pretrain(config: TrainConfig) -> None:
             run_dir, model, held_out or index, with_tokens, tokenizer, mask_ratio=config.mask_ratio, seed=config.seed
         )
         say(world, f"done after step {step}: see {page}")
+
+
+def averaging(step: Callable[[Batch], dict[str, Tensor]], model: FaRL) -> Callable[[Batch], dict[str, Tensor]]:
+    """`step`, then the averages of those gradients that FSDP leaves to each process."""
+    parameters = list(model.parameters())
+
+    def forward_backward(batch: Batch) -> dict[str, Tensor]:
+        figures = step(batch)
+        with part("gradients"):
+            average_gradients(parameters)
+        return figures
+
+    return forward_backward
 
 
 def schedule(config: TrainConfig, stop_at: int) -> Schedule:

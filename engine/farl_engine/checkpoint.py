@@ -41,11 +41,12 @@ class CheckpointStore:
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def save(self, step: int, state: dict[str, Any], *, background: bool = False) -> None:
+    def save(self, step: int, state: dict[str, Any], *, background: bool = False, copy: bool = True) -> None:
         """Write `state` (nested dicts and lists of tensors and plain values) as the checkpoint of `step`.
 
         With `background` the state is copied first and written by a thread; the copy is all that the caller waits for.
-        An error of a background write is raised by the next `save` or `wait`.
+        An error of a background write is raised by the next `save` or `wait`. `copy=False`: nobody else changes the
+        state, so it needs no copy.
 
         Raises:
             CheckpointError: disk full, no permission and the like. Checkpoints written before are untouched.
@@ -54,7 +55,7 @@ class CheckpointStore:
         if not background:
             self._write(step, state)
             return
-        copied = _copy_to_host(state)
+        copied = _copy_to_host(state) if copy else state
         self._writer = threading.Thread(target=self._write_noting_errors, args=(step, copied), name="checkpoint")
         self._writer.start()
 

@@ -24,8 +24,9 @@ class Verdict(IntEnum):
     """What a rank wants of the run; the ranks agree on the largest."""
 
     GO = 0
-    STOP = 1
-    FAIL = 2
+    SAVE = 1
+    STOP = 2
+    FAIL = 3
 
 
 @dataclass(frozen=True)

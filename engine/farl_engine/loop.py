@@ -11,16 +11,18 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from farl_engine import stop
-from farl_engine.data import BadDataError
+from farl_engine.data import BadDataError, Batch
 from farl_engine.distributed import Verdict, Vote, World, gather_objects
-from farl_engine.optim import FiniteGuard, set_learning_rate
+from farl_engine.graphs import StepGraphs, Update
+from farl_engine.optim import FiniteGuard, LearningRate
 from farl_engine.profiler import part
 from farl_engine.reporter import Reporter
 from farl_engine.run import Run, Schedule
 from farl_engine.saver import Saver
+from farl_engine.sharding import clip_grad_norm
 
 __all__ = ["NonFiniteError", "Run", "Schedule", "train"]
 
@@ -41,16 +43,20 @@ def train(run: Run) -> tuple[int, str | None]:
     Raises:
         NonFiniteError: on every rank, after the last good state is saved.
         BadDataError, CheckpointError, OSError: likewise, for what one rank met and told the others. A loader that has
-            no batch at all for a step, or stalls, ends its own rank at once (rank 0 saves first), and the others by
-            their collectives.
+            no batch at all for a step, or stalls, ends its own rank at once (rank 0 saves first, where it has the
+            whole state), and the others by their collectives.
     """
     schedule, world = run.schedule, run.world
-    vote, guard = Vote(world), FiniteGuard(world.device)
+    vote, guard = Vote(world), FiniteGuard(world.device, run.start_step)
     guard.attach(run.optimizer)
+    learning_rate = LearningRate(run.optimizer, world.device)
+    bad_samples = torch.zeros((), device=world.device)
+    update = _update_of(run, guard, bad_samples)
+    if run.recorder is not None:
+        update = StepGraphs(update, run.optimizer, run.recorder)
     # What went wrong at this rank alone. Raised there and then it would leave the others waiting, so they vote on it.
     failures: list[BaseException] = []
     reporter, saver = Reporter(run, guard, failures), Saver(run, guard, failures)
-    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     batches = iter(run.loader)
     step, agreed = run.start_step, Verdict.GO
 
@@ -58,12 +64,14 @@ def train(run: Run) -> tuple[int, str | None]:
         # An error that the loader met ahead is no matter once the run has all its batches.
         if failures or (run.loader.error and step < schedule.stop_at):
             return Verdict.FAIL
-        return Verdict.STOP if stop.requested() else Verdict.GO
+        if stop.requested():
+            return Verdict.STOP
+        return Verdict.SAVE if saver.asks_for_all() else Verdict.GO
 
     def should_stop() -> bool:
         nonlocal agreed
         agreed = max(agreed, vote.cast_now(verdict()))
-        return agreed is not Verdict.GO
+        return agreed >= Verdict.STOP
 
     gc.collect()
     gc.freeze()
@@ -71,7 +79,7 @@ def train(run: Run) -> tuple[int, str | None]:
     try:
         # At once here and in an evaluation, which nobody has to hurry through; one step late otherwise.
         should_stop()
-        while step < schedule.stop_at and agreed is Verdict.GO:
+        while step < schedule.stop_at and agreed < Verdict.STOP:
             if run.profiler is not None:
                 run.profiler.begin(step)
             waited = time.monotonic()
@@ -82,28 +90,20 @@ def train(run: Run) -> tuple[int, str | None]:
                     raise ValueError(f"the loader ended before step {step}; its end_step must be {schedule.stop_at}")
             except Exception:
                 # The other ranks are in this step already and cannot be told.
-                saver.save(step)
+                saver.save_alone(step)
                 raise
             reporter.data_seconds += time.monotonic() - waited
 
             rate = schedule.learning_rate(step)
-            set_learning_rate(run.optimizer, rate)
-            figures = run.forward_backward(batch)
-            with part("clipping"):
-                grad_norm = nn.utils.clip_grad_norm_(parameters, schedule.clip_norm or float("inf"), foreach=True)
-            bad_samples = torch.full((), float(sum(run.loader.bad_samples.values())), device=world.device)
-            shared = _sum_over_ranks(figures | {"bad_samples": bad_samples}, world)
-            guard.check(step, figures["loss"], (shared["loss"], grad_norm))
-            with part("optimizer"):
-                run.optimizer.step()
-                run.optimizer.zero_grad(set_to_none=True)
-            shared |= {"grad_norm": grad_norm, **run.after_update()}
+            learning_rate.set(rate)
+            bad_samples.fill_(float(sum(run.loader.bad_samples.values())))
+            figures = update(batch)
             step += 1
             run.progress.advance()
 
             last = step == schedule.stop_at
             if step % schedule.log_every == 0 or last or step == run.start_step + 1:
-                reporter.report(step, shared, rate, now=last or world.device.type == "cpu")
+                reporter.report(step, figures, rate, now=last or world.device.type == "cpu")
                 _raise_if_not_finite(run, reporter.found, saver)
                 try:
                     run.loader.check_bad()
@@ -112,10 +112,11 @@ def train(run: Run) -> tuple[int, str | None]:
             if run.evaluate and schedule.eval_every and (step % schedule.eval_every == 0 or step == schedule.steps):
                 with part("evaluation"):
                     reporter.report_evaluation(step, run.evaluate(step, should_stop))
-            if saver.is_due(step):
+            if saver.is_due(step, agreed):
                 reporter.flush()
                 with part("checkpoint"):
                     saver.save(step, background=True)
+                agreed = Verdict.GO if agreed is Verdict.SAVE else agreed
             if step % COLLECT_EVERY == 0:
                 # Whole, which is quick: what there was before the first step is frozen and not looked at.
                 gc.collect()
@@ -133,6 +134,28 @@ def train(run: Run) -> tuple[int, str | None]:
         _raise_agreed_failure(world, next(iter(failures), run.loader.error))
     stopped_by = gather_objects(world, stop.requested()) if step < schedule.stop_at else []
     return step, next((name for name in stopped_by if name), None)
+
+
+def _update_of(run: Run, guard: FiniteGuard, bad_samples: Tensor) -> Update:
+    """An update, from a batch on the device to new weights and the figures to log.
+
+    All of it is work for the device: what changes from step to step it reads there (the learning rate, the number of
+    the step, `bad_samples`), so that it can be recorded once and replayed.
+    """
+    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+
+    def update(batch: Batch) -> dict[str, Tensor]:
+        figures = run.forward_backward(batch)
+        with part("clipping"):
+            grad_norm = clip_grad_norm(parameters, run.schedule.clip_norm)
+        shared = _sum_over_ranks(figures | {"bad_samples": bad_samples}, run.world)
+        guard.check(figures["loss"], (shared["loss"], grad_norm))
+        with part("optimizer"):
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+        return shared | {"grad_norm": grad_norm, **run.after_update()}
+
+    return update
 
 
 def _raise_agreed_failure(world: World, own: BaseException | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,20 +35,41 @@ def warmup_cosine(step: int, *, steps: int, warmup: int, peak: float, start: flo
     return final + 0.5 * (peak - final) * (1.0 + math.cos(math.pi * progress))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+class LearningRate:
+    """The rate of all groups of `optimizer`, a 0-d float32 tensor beside the parameters.
+
+    A recorded update so reads the rate of each step; a number of the host would be that of the recording for good.
+    `optimizer.state_dict()` goes on giving a plain number, whatever the device. Load a state before, not after.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self._value = torch.zeros((), dtype=torch.float32, device=device)
+        self.set(float(optimizer.param_groups[0]["lr"]))
+        for group in optimizer.param_groups:
+            group["lr"] = self._value
+        optimizer.register_state_dict_post_hook(self._as_number)
+
+    def set(self, rate: float) -> None:
+        """The rate of the updates that follow. Waits for nothing."""
+        self._rate = rate
+        self._value.fill_(rate)
+
+    def _as_number(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            group["lr"] = self._rate
 
 
 class FiniteGuard:
     """Stops all updates from the first non-finite loss or gradient on, without asking the host.
 
     `tripped` is a flag on the device that a fused optimizer takes as its `found_inf`: once 1, that update and every
-    later one leave weights and moments as they are. The host reads it when it reads the metrics.
+    later one leave weights and moments as they are. The host reads it when it reads the metrics. Updates are counted on
+    the device as well, from `start_step` on.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, start_step: int = 0) -> None:
         self.tripped = torch.zeros((), dtype=torch.float32, device=device)
+        self._step = torch.full((), start_step, dtype=torch.int64, device=device)
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._own_loss_bad = torch.zeros((), dtype=torch.bool, device=device)
 
@@ -58,16 +80,17 @@ class FiniteGuard:
         optimizer.found_inf = self.tripped  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
 
-    def check(self, step: int, own_loss: Tensor, shared: Iterable[Tensor]) -> None:
-        """Trip if any of `shared` (the same on every rank: reduced loss, gradient norm) is not finite at `step`.
-
-        `own_loss` is this rank's own, kept apart to name the rank at fault.
+    def check(self, own_loss: Tensor, shared: Iterable[Tensor]) -> None:
+        """Called once an update: trip if any of `shared` (the same on every rank: reduced loss, gradient norm) is not
+        finite. `own_loss` is this rank's own, kept apart to name the rank at fault.
         """
         bad = torch.stack([value.detach().float() for value in shared]).isfinite().all().logical_not()
         first = bad.logical_and(self.tripped == 0)
-        self._first_bad.masked_fill_(first, step)
+        # Not masked_fill_, which asks the host for the value of a tensor.
+        self._first_bad.copy_(torch.where(first, self._step, self._first_bad))
         self._own_loss_bad |= first & own_loss.detach().isfinite().logical_not()
         self.tripped.masked_fill_(bad, 1.0)
+        self._step += 1
 
     def state(self) -> Tensor:
         """float64 [3] on the device, for `read`."""

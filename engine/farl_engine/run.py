@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from farl_engine.checkpoint import CheckpointStore
 from farl_engine.data import Batch, Loader
 from farl_engine.distributed import World
+from farl_engine.graphs import Recorder
 from farl_engine.metrics import MetricsLog, Progress
 from farl_engine.profiler import Profiler
 
@@ -43,6 +44,7 @@ class Run:
             `should_stop` is a collective call. None: no evaluation.
         flops_per_sample: of a training step, for the MFU.
         profiler: records some updates of this process; None: none.
+        recorder: records updates to replay them (see `farl_engine.graphs`); None: each is called as it is.
     """
 
     world: World
@@ -61,3 +63,4 @@ class Run:
     flops_per_sample: float
     start_step: int
     profiler: Profiler | None = None
+    recorder: Recorder | None = None

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from farl_engine.optim import FiniteGuard, parameter_groups, set_learning_rate, warmup_cosine
+from farl_engine.optim import FiniteGuard, LearningRate, parameter_groups, warmup_cosine
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:
@@ -46,10 +47,10 @@ def updated(gradient: float, guard_steps: list[float]) -> tuple[torch.Tensor, Fi
     optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0, fused=True)
     guard = FiniteGuard(torch.device("cpu"))
     guard.attach(optimizer)
-    for step, loss in enumerate(guard_steps):
+    for loss in guard_steps:
         weight.grad = torch.full((4,), gradient)
         value = torch.tensor(loss)
-        guard.check(step, value, (value, torch.tensor(1.0)))
+        guard.check(value, (value, torch.tensor(1.0)))
         optimizer.step()
     return weight.detach(), guard, optimizer
 
@@ -71,8 +72,8 @@ def test_guard_stops_that_update_and_all_later_ones(bad: float) -> None:
 
 
 def test_guard_tells_another_ranks_loss_from_its_own() -> None:
-    guard = FiniteGuard(torch.device("cpu"))
-    guard.check(5, torch.tensor(1.0), (torch.tensor(math.nan), torch.tensor(1.0)))
+    guard = FiniteGuard(torch.device("cpu"), 5)
+    guard.check(torch.tensor(1.0), (torch.tensor(math.nan), torch.tensor(1.0)))
     assert guard.read(guard.state().tolist()) == (5, False)
 
 
@@ -82,8 +83,29 @@ def test_guard_refuses_an_optimizer_that_would_not_heed_it() -> None:
         FiniteGuard(torch.device("cpu")).attach(optimizer)
 
 
-def test_learning_rate_is_set_in_all_groups() -> None:
+def test_learning_rate_is_that_of_all_groups_and_read_where_the_update_is_made() -> None:
     model = nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1.0)
-    set_learning_rate(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=1.0, fused=True)
+    rate = LearningRate(optimizer, torch.device("cpu"))
+    assert [group["lr"].item() for group in optimizer.param_groups] == [1.0, 1.0]
+    for value in (0.25, 0.5):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        rate.set(value)
+        optimizer.step()
+        for old, new in zip(before, model.parameters(), strict=True):
+            torch.testing.assert_close(old - new, torch.full_like(old, value))
+
+
+def test_a_saved_optimizer_holds_plain_numbers_and_loads_anywhere(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizers = [torch.optim.AdamW(parameter_groups(model, 0.1), lr=1.0, fused=True) for _ in range(2)]
+    LearningRate(optimizers[0], torch.device("cpu")).set(0.1)
+    plain = optimizers[1].state_dict()
+    torch.save(optimizers[0].state_dict(), tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert [group["lr"] for group in saved["param_groups"]] == [0.1, 0.1]
+    assert [group.keys() for group in saved["param_groups"]] == [group.keys() for group in plain["param_groups"]]
+    optimizers[1].load_state_dict(saved)
+    assert [group["lr"] for group in optimizers[1].param_groups] == [0.1, 0.1]

@@ -25,8 +25,8 @@ import farl.step, farl.train
 from farl import cli
 
 def handed_over(name, args):
-    if name in ("allreduce_", "broadcast_", "allgather_", "barrier"):
-        tensors = args[1] if name == "allgather_" else args[0]
+    if name in ("allreduce_", "broadcast_", "allgather_", "gather_", "barrier"):
+        tensors = args[1] if name in ("allgather_", "gather_") else args[0]
         return sum(tensor.nbytes for tensor in tensors) if isinstance(tensors, list) else tensors.nbytes
     if name in ("_allgather_base_", "alltoall_base_", "_reduce_scatter_base_"):
         return args[1].nbytes
@@ -108,9 +108,11 @@ def free_port() -> str:
 
 def expected(processes: int, model: str = "farl-micro", *, mim: bool = True, **options: Any) -> list[tuple[str, int]]:
     sizes = MODELS[model] if mim else replace(MODELS[model], mim=None)
-    options = {"feature_bytes": 4} | options
+    options.setdefault("feature_bytes", 4)
     calls = step_collectives(sizes, world=processes, pairs=GLOBAL_BATCH // processes, **options)
-    return [(ON_GLOO[call.kind], call.bytes) for call in calls]
+    # FSDP asks gloo for its reduce-scatter.
+    own = {("gradients", "reduce_scatter"): "_reduce_scatter_base_"}
+    return [(own.get((call.what, call.kind), ON_GLOO[call.kind]), call.bytes) for call in calls]
 
 
 @pytest.mark.parametrize("processes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 8))])
@@ -139,3 +141,23 @@ def test_each_call_of_a_step_is_the_models(processes: int, calls_of: Callable[..
 def test_so_is_that_of_other_settings(options: list[str], sizes: dict[str, Any], calls_of: Callable[..., Any]) -> None:
     for _, _, *steady in calls_of(2, *options):
         assert steady == [expected(2, **sizes)] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "options", "sizes"),
+    [
+        pytest.param(2, ["--model", "farl-tiny"], {"model": "farl-tiny"}, id="2"),
+        pytest.param(3, [], {}, id="3"),
+        pytest.param(2, ["--save-memory", "shard,recompute"], {}, id="computed again"),
+        pytest.param(2, ["--mim-weight", "0"], {"mim": False}, id="contrast alone"),
+        pytest.param(2, ["--contrastive-weight", "0"], {"contrast": False}, id="masked branch alone"),
+    ],
+)
+def test_so_is_each_call_of_a_sharded_step(
+    processes: int, options: list[str], sizes: dict[str, Any], calls_of: Callable[..., Any]
+) -> None:
+    """From the first step on, in an order of FSDP's own."""
+    want = sorted(expected(processes, sharded=True, **sizes))
+    for steps in calls_of(processes, "--save-memory", "shard", *options):
+        assert [sorted(step) for step in steps] == [want] * 5

@@ -101,6 +101,45 @@ def test_one_process_goes_on_with_the_checkpoint_of_two(
         assert line["loss"] == pytest.approx(alone["loss"], abs=1e-5)
 
 
+SHARD = ["--save-memory", "shard"]
+
+
+@pytest.mark.slow
+def test_a_cut_sharded_run_equals_the_straight_one_to_the_last_bit(
+    tmp_path: Path, run_train: Callable[..., Any], read_log: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    run_train(tmp_path / "whole", *SHARD, processes=2)
+    run_train(tmp_path / "cut", *SHARD, "--stop-at", "7", processes=2)
+    said = run_train(tmp_path / "cut", *SHARD, processes=2).stdout
+    assert "going on after step 7" in said
+    assert_equal_state(final_state(tmp_path / "cut"), final_state(tmp_path / "whole"))
+    assert logged(read_log(tmp_path / "cut")) == logged(read_log(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "legs",
+    [
+        pytest.param([(2, SHARD), (2, [])], id="sharded to DDP"),
+        pytest.param([(2, SHARD), (1, [])], id="sharded to one process"),
+        pytest.param([(1, []), (3, SHARD), (2, SHARD)], id="one process to 3 and 2 sharded"),
+    ],
+)
+def test_a_run_goes_on_with_other_processes_and_other_sharding(
+    legs: list[tuple[int, list[str]]],
+    straight: Callable[..., Path],
+    tmp_path: Path,
+    run_train: Callable[..., Any],
+    read_log: Callable[[Path], list[dict[str, Any]]],
+) -> None:
+    whole = straight(1, run_train)
+    for index, (processes, options) in enumerate(legs):
+        leave = ["--stop-at", str(7 * (index + 1))] if index < len(legs) - 1 else []
+        run_train(tmp_path, *options, *leave, processes=processes)
+    for line, alone in zip(read_log(tmp_path), read_log(whole), strict=True):
+        assert line["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+
+
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [tmp_path_factory.mktemp("begun")]

@@ -73,17 +73,29 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> str:
 QUICK = {("start", "one rank"), ("step", "launcher"), ("evaluation", "one rank"), ("saving", "launcher")}
 
 
+SHARD = ["--save-memory", "shard"]
+
+
 @pytest.mark.parametrize(
-    ("phase", "target"),
+    ("phase", "target", "how"),
     [
-        pytest.param(phase, target, marks=() if (phase, target) in QUICK else pytest.mark.slow)
-        for phase in ("start", "step", "evaluation", "saving")
-        for target in ("launcher", "one rank")
+        *(
+            pytest.param(
+                phase, target, [], id=f"{phase}-{target}", marks=() if (phase, target) in QUICK else pytest.mark.slow
+            )
+            for phase in ("start", "step", "evaluation", "saving")
+            for target in ("launcher", "one rank")
+        ),
+        *(
+            pytest.param(phase, "one rank", SHARD, id=f"{phase}-sharded", marks=pytest.mark.slow)
+            for phase in ("step", "evaluation", "saving")
+        ),
     ],
 )
 def test_sigterm_saves_and_the_same_command_goes_on(
     phase: str,
     target: str,
+    how: list[str],
     tmp_path: Path,
     shards: str,
     train_command: Callable[..., list[str]],
@@ -96,7 +108,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     options = ["--save-every", "2", "--eval-every", "3", "--eval-data", shards] if phase != "start" else []
-    command = train_command(run_dir, *options, processes=2, script=script)
+    command = train_command(run_dir, *options, *how, processes=2, script=script)
     process = subprocess.Popen(
         command,
         env={**environment, "SLOW_PHASE": phase},
@@ -120,7 +132,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     saved = CheckpointStore(run_dir / "checkpoints").latest()
     assert saved is not None and f"stopped by SIGTERM after step {saved};" in output
     assert saved == {"start": 0, "evaluation": 3}.get(phase, saved)
-    said = run_train(run_dir, "--stop-at", str(saved + 1)).stdout
+    said = run_train(run_dir, "--stop-at", str(saved + 1), *how).stdout
     assert f"going on after step {saved}" in said
     trained = [line["step"] for line in read_log(run_dir) if "loss" in line]
     assert trained == list(range(1, saved + 2))

@@ -47,21 +47,42 @@ def runs() -> dict[int, tuple[list[Any], list[Any]]]:
     return {}
 
 
-@pytest.mark.parametrize("processes", [2, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
+# With an evaluation and a checkpoint amid, which are collective calls of their own where the state is shared out.
+SHARDED = ["--save-memory", "shard", "--eval-every", "10", "--save-every", "8"]
+IN_PARTS = [*SHARDED, "--save-memory", "shard,recompute", "--micro-batch", "5"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [
+        pytest.param(2, [], id="2"),
+        pytest.param(3, [], id="3"),
+        *(pytest.param(n, [], id=str(n), marks=pytest.mark.slow) for n in (4, 8)),
+        pytest.param(2, SHARDED, id="2 sharded"),
+        pytest.param(3, SHARDED, id="3 sharded", marks=pytest.mark.slow),
+        pytest.param(2, IN_PARTS, id="2 sharded in micro-batches", marks=pytest.mark.slow),
+    ],
+)
 def test_samples_and_losses_do_not_depend_on_the_number_of_processes(
     processes: int,
+    options: list[str],
     runs: dict[int, tuple[list[Any], list[Any]]],
     tmp_path: Path,
+    shards: str,
     run_train: Callable[..., Any],
     read_log: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
     script = tmp_path / "traced.py"
     script.write_text(TRACED)
-    for count in {1, processes} - runs.keys():
-        run_dir = tmp_path / f"on-{count}"
-        run_train(run_dir, processes=count, script=script)
-        runs[count] = samples_seen(run_dir, count), read_log(run_dir)
-    (seen, log), (seen_alone, log_alone) = runs[processes], runs[1]
+    if 1 not in runs:
+        run_train(tmp_path / "alone", script=script)
+        runs[1] = samples_seen(tmp_path / "alone", 1), read_log(tmp_path / "alone")
+    run_dir = tmp_path / "several"
+    said = run_train(run_dir, *options, "--eval-data", shards, processes=processes, script=script)
+    assert "warning" not in (said.stdout + said.stderr).lower()
+    assert (run_dir / "report" / "index.html").exists()
+    seen, log = samples_seen(run_dir, processes), [line for line in read_log(run_dir) if "loss" in line]
+    seen_alone, log_alone = runs[1]
     assert len(seen) == 20 and seen == seen_alone
     # 150 samples in batches of 24: the run crosses three epochs, each a permutation of all samples.
     flat = [sample for step in seen for sample in step[0]]
