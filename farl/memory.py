@@ -9,6 +9,7 @@ docs/memory.md says what is exact and what is left out.
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, NamedTuple
 
@@ -18,6 +19,7 @@ from tyro.conf import Positional, arg
 from farl import cli
 from farl.config import TrainConfig
 from farl.flops import CAPTION_TOKENS
+from farl.initialize import shared_groups, without_storage
 from farl.masking import MASK_RATIO, mask_sizes
 from farl.model import MODELS, FaRL, ModelConfig
 
@@ -33,7 +35,8 @@ class Memory:
     """Bytes of a process's training step.
 
     Attributes:
-        weights, gradients, moments: float32; gradients are DDP's buckets where there are several processes.
+        weights, gradients, moments: float32; gradients are DDP's buckets where there are several processes. Those that
+            the process keeps, where they are shared out.
         batch: images, captions, masks and visual tokens of the process's whole share of the global batch.
         image, masked, text: what the image tower on both streams, the masked branch with its head, and the text tower
             keep for the backward pass.
@@ -41,7 +44,10 @@ class Memory:
         casts: bfloat16 copies of weights that autograd keeps.
         workspace: the most that either loss works on beside all of these, and casts that live no longer.
         backward: the most that the backward pass holds beyond what was kept: gradients, and a block computed again.
-        held_gradients: whether gradients are there while the activations are: with several processes or micro-batches.
+        held_gradients: whether gradients are there while the activations are: with DDP or micro-batches.
+        gathered: where the state is shared out, the most that is whole at a time: weights of what belongs to no block,
+            and five times a block: weights, gradients, and buffers of the collective calls before and after it.
+        reduced: likewise at the very end: gradients of what belongs to no block, and the buffer that they are sent in.
     """
 
     weights: int
@@ -56,6 +62,8 @@ class Memory:
     workspace: int
     backward: int
     held_gradients: bool
+    gathered: int = 0
+    reduced: int = 0
 
     @property
     def activations(self) -> int:
@@ -64,13 +72,13 @@ class Memory:
 
     @property
     def phases(self) -> dict[str, int]:
-        """Bytes at the three moments that can be the peak."""
+        """Bytes at the three moments that can be the peak; the last one from where the last gradients are there."""
         always = self.weights + self.moments + self.batch
         held = always + self.activations + (self.gradients if self.held_gradients else 0)
         return {
-            "end of the forward pass": held + self.workspace,
-            "backward pass": held + self.backward,
-            "optimizer step": always + self.gradients,
+            "end of the forward pass": held + self.workspace + self.gathered,
+            "backward pass": held + self.backward + self.gathered,
+            "optimizer step": always + self.gradients + self.reduced,
         }
 
     @property
@@ -125,6 +133,7 @@ def predict_memory(
     mask_ratio: float = MASK_RATIO,
     caption_tokens: int = CAPTION_TOKENS,
     checkpoint_activations: bool = False,
+    shard: bool = False,
     fused: bool = True,
 ) -> Memory:
     """Memory of `farl.step.TrainStep` in a process.
@@ -132,10 +141,11 @@ def predict_memory(
     Args:
         pairs: image-text pairs that a process runs at once; fewer than its share of `global_batch` are micro-batches.
         global_batch: pairs of an update; 0: `pairs` of each process.
-        dtype: of the towers: torch.bfloat16 by autocast, or torch.float32. Weights are float32.
+        dtype: of the towers: torch.bfloat16 or torch.float32. Weights are float32.
         masked: with the masked branch, if the model has one.
         contrast: False where --contrastive-weight is 0: neither captions nor clean images.
         caption_tokens: mean length of a caption, start and end token included.
+        checkpoint_activations, shard: --save-memory recompute and shard; one process has nothing to share out.
         fused: what the Triton ops keep. False: the CPU's ops, which pad captions (all taken as equally long).
 
     Raises:
@@ -181,7 +191,8 @@ def predict_memory(
     if contrast:
         captions = 8 * (tokens + pairs) + words.norm(pairs) + pairs * text.width * size
         if checkpoint_activations:
-            captions += words.entries(tokens, text.layers)
+            # In bf16 positions and words enter the first block as stream and residual.
+            captions += text.layers * words.entry(tokens) if size == 2 else words.entries(tokens, text.layers)
         else:
             captions += (text.layers - 1) * words.block(tokens) + words.at_rows(tokens, pairs, copied=True)
             if not fused:
@@ -189,13 +200,12 @@ def predict_memory(
 
     features = _features(config, pairs, share, world_size, size) if contrast else 0
     workspace = _workspace(config, pairs, share, world_size, size, most, contrast=contrast, masked=mim is not None)
-    numbers = _numbers(config, masked=mim is not None, contrast=contrast)
-    casts = again = 0
+    casts = 0
     if size == 2:
-        # What is computed again casts its weights again; until autocast ends, its own cache holds them all the same.
+        # What is computed again casts its weights again, for as long as it takes.
         projections = int(contrast) * (vision.width + text.width) * config.embed_dim
-        casts = size * (projections if checkpoint_activations else numbers.cast)
-        again = size * numbers.cast - casts
+        every = _numbers_cast(config, masked=mim is not None, contrast=contrast)
+        casts = size * (projections if checkpoint_activations else every)
     batch = share * 3 * vision.image_size**2
     batch += int(contrast) * share * (8 * caption_tokens + 4)
     # Mask, positions and targets, and tokens of all patches where they are cached.
@@ -210,19 +220,23 @@ def predict_memory(
         in_last = last + tower.gradients(rows) + stream - branch
         candidates = [in_trunk] * (vision.layers > 1) + [in_last] + [asked + 5 * stream] * (mim is not None)
         backward = max(0, *candidates)
+    shard = shard and world_size > 1
+    state = _shared(config, world_size if shard else 1, masked=mim is not None, contrast=contrast)
     return Memory(
-        weights=4 * numbers.all,
-        gradients=4 * numbers.trained,
-        moments=8 * numbers.trained,
+        weights=4 * state.all,
+        gradients=4 * state.trained,
+        moments=8 * state.trained,
         batch=batch,
         image=image,
         masked=branch,
         text=captions,
         features=features,
         casts=casts,
-        workspace=workspace + again,
+        workspace=workspace,
         backward=backward,
-        held_gradients=world_size > 1 or pairs < share,
+        held_gradients=(world_size > 1 and not shard) or pairs < share,
+        gathered=4 * (state.root + 5 * state.block) if shard else 0,
+        reduced=8 * state.root if shard else 0,
     )
 
 
@@ -268,40 +282,62 @@ def _workspace(
     return max(found)
 
 
-class _Numbers(NamedTuple):
-    """How many there are in all parameters, in those that are trained, and in what autocast casts of these."""
+class _Shared(NamedTuple):
+    """Numbers in the first process's part of all parameters and of those that are trained; and whole, in what belongs
+    to no block and in the largest block."""
 
     all: int
     trained: int
-    cast: int
+    root: int
+    block: int
+
+
+def _on_meta(config: ModelConfig, *, masked: bool, contrast: bool) -> FaRL:
+    return without_storage(config if masked else replace(config, mim=None), contrast=contrast)
 
 
 @functools.cache
-def _numbers(config: ModelConfig, *, masked: bool, contrast: bool) -> _Numbers:
-    with torch.device("meta"):
-        model = FaRL(config if masked else replace(config, mim=None))
-    if not contrast:
-        model.train_masked_branch_alone()
-    parameters = dict(model.named_parameters())
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+def _shared(config: ModelConfig, world_size: int, *, masked: bool, contrast: bool) -> _Shared:
+    groups = shared_groups(_on_meta(config, masked=masked, contrast=contrast))
+    whole = groups.pop("whole")
+
+    def part(trained: bool) -> int:
+        shared = [p for group in groups.values() for p in group if p.requires_grad or not trained]
+        rows = sum(-(-len(p) // world_size) * p[0].numel() for p in shared)
+        return rows + sum(p.numel() for p in whole if p.requires_grad or not trained)
+
+    sizes = {name: sum(p.numel() for p in group) for name, group in groups.items()}
+    return _Shared(part(False), part(True), sizes.pop(""), max(sizes.values(), default=0))
+
+
+@functools.cache
+def _numbers_cast(config: ModelConfig, *, masked: bool, contrast: bool) -> int:
+    """Numbers of weights that products take in bf16, as often as they do."""
+    model = _on_meta(config, masked=masked, contrast=contrast)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # Not cast, or not kept: what is looked up, the loss's own matrix, and the patches' (pixels want no gradient).
     uncast = ("embedding", "token_embedding.weight", "lm_head.weight", "conv1.weight")
     cast = sum(p.numel() for name, p in trained.items() if p.ndim > 1 and not name.endswith(uncast))
     if masked and contrast:
-        # The last block of the image tower casts its projection whole for one stream and in parts for the other.
-        cast += 3 * config.vision.width**2
-    every = sum(p.numel() for p in parameters.values())
-    return _Numbers(every, sum(p.numel() for p in trained.values()), cast)
+        # The last block of the image tower runs once for each stream.
+        cast += sum(p.numel() for p in model.visual.transformer.last.parameters() if p.ndim > 1)
+    return cast
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a step is to run: `pairs` at once in each process (`micro_batch`: the option, 0 for all), what it needs."""
+    """How a step is to run: `pairs` at once in each process (`micro_batch`: the option, 0 for all), the option
+    `save_memory`, and what it needs."""
 
     pairs: int
     micro_batch: int
-    checkpoint_activations: bool
+    save_memory: str
     memory: Memory
+
+    @property
+    def options(self) -> str:
+        """For the command line."""
+        return f"--micro-batch {self.micro_batch}" + (f" --save-memory {self.save_memory}" if self.save_memory else "")
 
 
 def fits(memory: Memory, capacity: float) -> bool:
@@ -345,8 +381,9 @@ def choose_micro_batch(
             **options,  # type: ignore[arg-type]
         )
         if fits(memory, capacity):
-            again = bool(options.get("checkpoint_activations", False))
-            return Setting(pairs, 0 if parts == 1 else pairs, again, memory)
+            ways = {"recompute": options.get("checkpoint_activations"), "shard": options.get("shard")}
+            save_memory = ",".join(way for way, on in ways.items() if on)
+            return Setting(pairs, 0 if parts == 1 else pairs, save_memory, memory)
         if pairs == 1:
             return None
         # The next number of parts that makes them smaller.
@@ -356,14 +393,18 @@ def choose_micro_batch(
 def choose_setting(
     config: ModelConfig, capacity: float, *, global_batch: int, world_size: int = 1, **options: bool | int
 ) -> Setting | None:
-    """The cheapest that fits: all at once, else micro-batches, else micro-batches of blocks computed again."""
-    for again in (False, True):
+    """The first that fits: all at once, else micro-batches, else those with the state shared out over the processes,
+    else with blocks computed again, else with both.
+
+    Sharing out comes before computing again, as it should cost less time; that is not measured.
+    """
+    for again, shard in itertools.product((False, True), (False, True)[: min(world_size, 2)]):
         found = choose_micro_batch(
             config,
             capacity,
             global_batch=global_batch,
             world_size=world_size,
-            **options | {"checkpoint_activations": again},
+            **options | {"checkpoint_activations": again, "shard": shard},
         )
         if found is not None:
             return found
@@ -386,19 +427,14 @@ def memory_warning(
     }
     call = {"global_batch": config.global_batch, "world_size": world_size, **options}
     pairs = min(config.micro_batch or share, share)
-    memory = predict_memory(sizes, pairs=pairs, checkpoint_activations=config.checkpoint_activations, **call)  # type: ignore[arg-type]
+    ways = {"checkpoint_activations": config.recompute, "shard": config.shard}
+    memory = predict_memory(sizes, pairs=pairs, **ways, **call)  # type: ignore[arg-type]
     if fits(memory, capacity):
         return None
-    found = choose_micro_batch(
-        sizes,
-        capacity,
-        checkpoint_activations=config.checkpoint_activations,
-        **call,  # type: ignore[arg-type]
-    ) or choose_setting(sizes, capacity, **call)  # type: ignore[arg-type]
+    found = choose_micro_batch(sizes, capacity, **ways, **call) or choose_setting(sizes, capacity, **call)  # type: ignore[arg-type]
     advice = "not even single pairs fit: take a smaller --model, or more processes"
     if found is not None:
-        again = " --checkpoint-activations" if found.checkpoint_activations > config.checkpoint_activations else ""
-        advice = f"--micro-batch {found.micro_batch}{again} would take {found.memory.peak / GB:.1f} GB"
+        advice = f"{found.options} would take {found.memory.peak / GB:.1f} GB"
     return (
         f"this run may not fit: {pairs} pairs at once take an estimated {memory.peak / GB:.1f} GB "
         f"of {capacity / GB:.1f} GB ({MARGIN:.0%} of it kept free); {advice}"
@@ -438,15 +474,15 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be more than 0")
     sizes, capacity, world = MODELS[options.model], options.gpu_memory * GB, options.world_size
     print(f"{options.model} in bf16 on {world} x {options.gpu_memory:g} GB: ESTIMATES, not measured.\n")
-    for again in (False, True):
-        most = largest_batch(sizes, capacity, world_size=world, checkpoint_activations=again)
-        print(f"largest batch a process, blocks {'computed again' if again else 'kept'}: {most:,} pairs")
+    for shard, again in itertools.product((False, True)[: min(world, 2)], (False, True)):
+        most = largest_batch(sizes, capacity, world_size=world, checkpoint_activations=again, shard=shard)
+        how = f"blocks {'computed again' if again else 'kept'}{', state shared out' if shard else ''}"
+        print(f"largest batch a process, {how}: {most:,} pairs")
     found = choose_setting(sizes, capacity, global_batch=options.global_batch, world_size=world)
     if found is None:
         print(f"\n--global-batch {options.global_batch} does not fit: take more GPUs")
         return
-    again = " --checkpoint-activations" if found.checkpoint_activations else ""
-    print(f"\n--global-batch {options.global_batch} --micro-batch {found.micro_batch}{again}\n")
+    print(f"\n--global-batch {options.global_batch} {found.options}\n")
     print(describe(found.memory))
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from tyro.conf import Positional, arg
 
 from farl import cli
 from farl.flops import forward_flops, training_flops
+from farl.initialize import shared_groups, without_storage
 from farl.masking import mask_sizes
 from farl.model import MODELS, FaRL, ModelConfig, PackedText
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["all_reduce", "all_gather", "all_to_all", "reduce_scatter"]
 # What a call runs beside. "nothing": the step waits for it.
-Beside = Literal["nothing", "image forward", "backward", "the next step"]
+Beside = Literal["nothing", "image forward", "the forward pass", "backward", "the next step"]
 
 # DistributedDataParallel's own: the first bucket is small so that the network starts early.
 FIRST_BUCKET_BYTES = 2**20
@@ -56,17 +57,25 @@ class Collective:
 
 
 def step_collectives(
-    sizes: ModelConfig, *, world: int, pairs: int, contrast: bool = True, feature_bytes: int = 2
+    sizes: ModelConfig,
+    *,
+    world: int,
+    pairs: int,
+    contrast: bool = True,
+    feature_bytes: int = 2,
+    sharded: bool = False,
 ) -> list[Collective]:
     """The collective calls of one step from the third on, log step or not, in order; none for one process.
 
-    In the first step DDP sends all gradients in one call, and before the second one it agrees on the buckets.
+    In the first step DDP sends all gradients in one call, and before the second one it agrees on the buckets. A sharded
+    step is like any other from the first on; those of its calls that are beside others may come in another order.
 
     Args:
         world: number of processes.
         pairs: image-text pairs a process.
         contrast: False where --contrastive-weight is 0.
         feature_bytes: of one number of a feature, 2 in bf16 and 4 in fp32.
+        sharded: with --save-memory shard, and without micro-batches: each gathers the weights anew.
     """
     if world == 1:
         return []
@@ -75,6 +84,8 @@ def step_collectives(
     calls = []
     if masked:
         calls.append(Collective("number of masked patches", "all_reduce", 4))
+    groups = _shared(sizes, world, contrast=contrast) if sharded else []
+    calls += [Collective("weights, forward", "all_gather", group.part, "the forward pass") for group in groups]
     if contrast:
         calls += [
             Collective("shape of the text features", "all_gather", 3 * 8, "image forward"),
@@ -85,13 +96,49 @@ def step_collectives(
             Collective("row statistics", "all_gather", 3 * 8 * pairs),
             Collective("text gradients", "reduce_scatter", world * features, "backward"),
         ]
-    buckets = bucket_sizes([4 * numbers for numbers in gradient_sizes(sizes, contrast=contrast)])
-    calls += [Collective("gradients", "all_reduce", size, "backward") for size in buckets]
+    if sharded:
+        # What belongs to no block is there from the forward pass, and its gradients go last.
+        root, *blocks = groups
+        calls += [Collective("weights, backward", "all_gather", group.part, "backward") for group in blocks]
+        calls += [Collective("gradients", "reduce_scatter", group.gradients, "backward") for group in (*blocks, root)]
+        calls.append(Collective("gradients of vectors", "all_reduce", _whole_gradients(sizes, contrast=contrast)))
+        calls.append(Collective("gradient norm", "all_reduce", 4))
+    else:
+        buckets = bucket_sizes([4 * numbers for numbers in gradient_sizes(sizes, contrast=contrast)])
+        calls += [Collective("gradients", "all_reduce", size, "backward") for size in buckets]
     # Three losses, bad samples, two accuracies of the contrast, one of the masked patches.
     figures = 4 + 2 * contrast + masked
     calls.append(Collective("figures of the log", "all_reduce", 4 * figures))
     calls.append(Collective("vote on stopping", "all_reduce", 8, "the next step"))
     return calls
+
+
+class _Group(NamedTuple):
+    """Bytes of weights gathered together: a process's part of them, and all their gradients; padded to equal parts."""
+
+    part: int
+    gradients: int
+
+
+def _shared(sizes: ModelConfig, world: int, *, contrast: bool) -> list[_Group]:
+    """What belongs to no block, then each block that a step computes."""
+    groups = shared_groups(without_storage(sizes, contrast=contrast))
+
+    def part(parameters: list[Tensor]) -> int:
+        return sum(4 * -(-len(p) // world) * p[0].numel() for p in parameters)
+
+    return [
+        _Group(part(parameters), world * part([p for p in parameters if p.requires_grad]))
+        for name, parameters in groups.items()
+        if name != "whole" and (name == "" or parameters[0].requires_grad)
+    ]
+
+
+def _whole_gradients(sizes: ModelConfig, *, contrast: bool) -> int:
+    """Bytes of the gradients of what is not shared out."""
+    return sum(
+        4 * p.numel() for p in shared_groups(without_storage(sizes, contrast=contrast))["whole"] if p.requires_grad
+    )
 
 
 def bucket_sizes(gradients: Sequence[int]) -> list[int]:
@@ -139,8 +186,7 @@ def gradient_sizes(sizes: ModelConfig, *, contrast: bool = True) -> tuple[int, .
     if contrast:
         parts += [output.image_features, output.text_features, output.logit_scale]
     torch.stack([part.sum() for part in parts if part is not None]).sum().backward()
-    with torch.device("meta"):
-        shapes = dict(FaRL(sizes).named_parameters())
+    shapes = dict(without_storage(sizes).named_parameters())
     return tuple(shapes[name].numel() for name in order)
 
 

@@ -1,14 +1,14 @@
 """Predicted memory against every piece of memory that is alive while a real step runs.
 
-It runs in three ways: by the fused ops on tensors without storage, in float32; likewise under bfloat16 autocast, with
-tensors that say "cuda", up to the backward pass; and by the CPU's ops.
+It runs in three ways: by the fused ops on tensors without storage, in float32; likewise in bfloat16, with tensors that
+say "cuda", up to the backward pass; and by the CPU's ops.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from farl.config import TrainConfig
+from farl.initialize import shared_groups
 from farl.masking import MASK_RATIO, mask_sizes
 from farl.memory import (
     GB,
@@ -96,7 +97,14 @@ class StoppedError(Exception):
 
 
 def step_of(
-    config: ModelConfig, device: torch.device, pairs: int, parts: int = 1, *, again: bool = False, contrast: bool = True
+    config: ModelConfig,
+    device: torch.device,
+    pairs: int,
+    parts: int = 1,
+    *,
+    again: bool = False,
+    contrast: bool = True,
+    bf16: bool = False,
 ) -> tuple[Callable[[], object], list[Tensor]]:
     """A step of `parts` micro-batches of `pairs` pairs, and its model's and its batch's tensors."""
     vision, share = config.vision, pairs * parts
@@ -128,27 +136,10 @@ def step_of(
         contrastive_weight=float(contrast),
         mask_ratio=MASK_RATIO,
         seed=0,
-        autocast=False,
+        autocast=bf16,
     )
     known = [*model.parameters(), batch.images, batch.ids, batch.views, text.tokens, text.cu_seqlens]
     return lambda: step(batch), [*known, tokens]
-
-
-@contextlib.contextmanager
-def bf16() -> Iterator[None]:
-    """Autocast of CUDA, which torch.autocast refuses where there is no GPU."""
-    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    # Else each op that turns autocast off for itself would clear the cache.
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        torch.autocast_decrement_nesting()
-        torch.clear_autocast_cache()
-        torch.set_autocast_enabled("cuda", before[0])
-        torch.set_autocast_dtype("cuda", before[1])
 
 
 def kept(config: ModelConfig, where: str, pairs: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:
@@ -156,8 +147,6 @@ def kept(config: ModelConfig, where: str, pairs: int, monkeypatch: pytest.Monkey
     found: list[int] = []
 
     def stop(*_: object) -> None:
-        # Autocast has ended by then in a real step.
-        torch.clear_autocast_cache()
         found.append(alive.now)
         raise StoppedError
 
@@ -166,10 +155,8 @@ def kept(config: ModelConfig, where: str, pairs: int, monkeypatch: pytest.Monkey
         if where == "cuda":
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(use_backend(None if where == "cpu" else "triton"))
-        step, known = step_of(config, torch.device(where), pairs, **options)
+        step, known = step_of(config, torch.device(where), pairs, bf16=where == "cuda", **options)
         alive = Alive(known)
-        if where == "cuda":
-            stack.enter_context(bf16())
         stack.enter_context(alive)
         with contextlib.suppress(StoppedError):
             step()
@@ -211,7 +198,7 @@ def test_what_the_masked_branch_alone_keeps(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["micro", "wide"])
 def test_what_they_keep_in_bfloat16(name: str, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of a GPU, autocast's copies of the weights included."""
+    """The path of a GPU, copies of the weights included."""
     wanted = predicted_kept(CONFIGS[name], 64, checkpoint_activations=again)
     assert kept(CONFIGS[name], "cuda", 64, monkeypatch, again=again) == pytest.approx(wanted, rel=2e-3)
 
@@ -254,6 +241,29 @@ def test_weights_gradients_and_moments_are_those_of_the_trained_parameters() -> 
     assert memory.moments == 2 * memory.gradients
 
 
+def test_shared_out_state_is_that_of_the_largest_part() -> None:
+    """Of the first process: rows are dealt out in equal numbers, but for the last."""
+    groups = shared_groups(FaRL(MICRO))
+    whole = groups.pop("whole")
+    rows = sum(-(-len(p) // 3) * p[0].numel() for group in groups.values() for p in group)
+    memory = predict_memory(MICRO, pairs=8, world_size=3, shard=True)
+    assert memory.weights == memory.gradients == 4 * (rows + sum(p.numel() for p in whole))
+    assert memory.moments == 2 * memory.weights
+    root, block = (sum(p.numel() for p in groups[name]) for name in ("", "visual.transformer.resblocks.0"))
+    assert memory.gathered == 4 * (root + 5 * block) and memory.reduced == 8 * root
+    assert predict_memory(MICRO, pairs=8, shard=True) == predict_memory(MICRO, pairs=8)
+
+
+def test_sharing_out_is_advised_where_the_state_alone_is_too_much() -> None:
+    sizes, capacity = MODELS["farl-h14"], 16 * GB
+    found = choose_setting(sizes, capacity, global_batch=64, world_size=8)
+    assert found is not None and found.save_memory == "shard"
+    config = replace(CONFIG, model="farl-h14", global_batch=64)
+    line = memory_warning(config, sizes, world_size=8, bf16=True, capacity=capacity)
+    assert line is not None and f"{found.options} would take" in line
+    assert choose_setting(sizes, capacity, global_batch=64) is None
+
+
 def test_gradients_lie_beside_the_activations_of_several_processes_or_micro_batches() -> None:
     alone = predict_memory(MICRO, pairs=8)
     assert not alone.held_gradients
@@ -280,9 +290,9 @@ def test_a_prediction_that_fits_leaves_the_margin() -> None:
 def test_the_policy_keeps_then_splits_then_recomputes() -> None:
     whole, one = predict_memory(TINY, pairs=512).peak, predict_memory(TINY, pairs=1, global_batch=512).peak
     kept_all = choose_setting(TINY, 1.1 * whole, global_batch=512)
-    assert kept_all is not None and (kept_all.micro_batch, kept_all.checkpoint_activations) == (0, False)
+    assert kept_all is not None and kept_all.options == "--micro-batch 0"
     split = choose_setting(TINY, 0.6 * whole, global_batch=512)
-    assert split is not None and 0 < split.micro_batch < 512 and not split.checkpoint_activations
+    assert split is not None and 0 < split.micro_batch < 512 and not split.save_memory
     assert fits(split.memory, 0.6 * whole)
     assert choose_setting(TINY, 0.9 * one, global_batch=512) is None
 
@@ -292,7 +302,7 @@ def test_blocks_are_computed_again_where_single_pairs_do_not_fit_otherwise() -> 
     huge = replace(MICRO, vision=replace(MICRO.vision, image_size=1024, layers=12))
     capacity = predict_memory(huge, pairs=1, global_batch=4).peak
     found = choose_setting(huge, capacity, global_batch=4)
-    assert found is not None and found.checkpoint_activations
+    assert found is not None and found.options == f"--micro-batch {found.micro_batch} --save-memory recompute"
 
 
 def test_micro_batches_are_equal_parts_of_a_process_s_share() -> None:
@@ -314,7 +324,7 @@ def test_a_run_that_does_not_fit_is_told_the_micro_batch_that_does(micro_batch: 
     line = memory_warning(config, TINY, world_size=1, bf16=True, capacity=1.2 * GB)
     assert line is not None and "\n" not in line
     advised = int(line.split("--micro-batch ")[1].split()[0])
-    assert "--checkpoint-activations" not in line
+    assert "--save-memory" not in line
     assert (
         memory_warning(replace(config, micro_batch=advised), TINY, world_size=1, bf16=True, capacity=1.2 * GB) is None
     )
