@@ -58,7 +58,7 @@ def steps() -> dict[str, tuple[Callable[[], object], float]]:
             contrastive_weight=contrastive_weight,
             mask_ratio=75 / 196,
             seed=0,
-            autocast=False,
+            bf16=False,
             engine=engine,
         )
 

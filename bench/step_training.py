@@ -204,7 +204,7 @@ def train_step(model: FaRL, tokenizer: VisualTokenizer, precision: str, engine: 
         mim_weight=1.0,
         mask_ratio=MASK_RATIO,
         seed=0,
-        autocast=precision == "bfloat16",
+        bf16=precision == "bfloat16",
         engine=engine,
     )
 

@@ -87,7 +87,7 @@ class Training:
             mim_weight=1.0,
             mask_ratio=75 / 196,
             seed=0,
-            autocast=CUDA,
+            bf16=CUDA,
         )
 
     def run(self, loader: Any, steps: int, log_every: int) -> list[dict[str, Any]]:

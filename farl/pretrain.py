@@ -200,7 +200,7 @@ def pretrain(config: TrainConfig) -> None:
         contrastive_weight=config.contrastive_weight,
         mask_ratio=config.mask_ratio,
         seed=config.seed,
-        autocast=bf16,
+        bf16=bf16,
         engine=config.engine,
     )
     run = Run(

@@ -118,7 +118,7 @@ class TrainStep:
         contrastive_weight: weight of the contrastive loss; 0 computes neither it nor the text tower nor the clean
             images, of a model that was told so (`FaRL.train_masked_branch_alone`).
         mask_ratio: largest share of patches to mask in an image.
-        autocast: run the towers in bfloat16 (by `FaRL.compute_dtype`, without torch.autocast); parameters and their
+        bf16: run the towers in bfloat16 (by `FaRL.compute_dtype`, without torch.autocast); parameters and their
             gradients stay float32.
         engine: "fused" takes the fastest backend of each op; "eager" the plain reference of each; "compile" those
             under torch.compile, one graph of both towers for captions of all lengths; "graph" is "fused" in an update
@@ -135,7 +135,7 @@ class TrainStep:
         contrastive_weight: float = 1.0,
         mask_ratio: float,
         seed: int,
-        autocast: bool,
+        bf16: bool,
         engine: str = "fused",
     ) -> None:
         self._network = network
@@ -149,7 +149,7 @@ class TrainStep:
         self._contrastive_weight = contrastive_weight
         self._max_masked, self._min_block = mask_sizes(self._model.config.vision.grid, mask_ratio)
         self._seed = seed
-        self._compute_dtype = torch.bfloat16 if autocast else None
+        self._compute_dtype = torch.bfloat16 if bf16 else None
         self._backend = None if engine in ("fused", "graph") else "reference"
         self._compiled = engine == "compile"
         if self._compiled:

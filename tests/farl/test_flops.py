@@ -15,28 +15,17 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from farl.flops import count_flops, eliminated_flops, encoder_flops, training_flops
-from farl.masking import MASK_RATIO, mask_sizes
-from farl.model import MODELS, FaRL, MimConfig, ModelConfig, PackedText
+from farl.masking import mask_sizes
+from farl.model import MODELS, FaRL, MimConfig, ModelConfig
 from farl.model.blocks import Block
 from farl.model.mim import MaskedVisionTower
-from farl.step import TextParts, TrainStep
 from farl.tokens import DalleEncoder
-from farl_engine.data import Batch
-from farl_engine.distributed import World
 from farl_kernels import use_backend
+from tests.support.steps import step_on_blanks
 
 CAPTION = 15
 PAIRS = 2
 CPU, WITHOUT_STORAGE = torch.device("cpu"), torch.device("meta")
-
-
-class NoTokenizer:
-    """The batches bring their visual tokens."""
-
-    token_image_size = None
-
-    def __call__(self, *_: object) -> torch.Tensor:
-        raise AssertionError
 
 
 def masked_of(config: ModelConfig) -> int:
@@ -62,37 +51,7 @@ def counted(
     change: Callable[[FaRL], object] | None = None,
 ) -> int:
     """FLOP of a whole step of `PAIRS` pairs; `change` is done to its model before."""
-    vision = config.vision
-    with device:
-        torch.manual_seed(0)
-        model = FaRL(config)
-        starts = torch.arange(0, PAIRS * caption + 1, caption, dtype=torch.int32)
-        text = PackedText(torch.ones(PAIRS * caption, dtype=torch.int64), starts, caption)
-        batch = Batch(
-            step=0,
-            ids=torch.arange(PAIRS),
-            used_ids=torch.arange(PAIRS),
-            views=torch.zeros(PAIRS, dtype=torch.int64),
-            images=torch.zeros(PAIRS, vision.image_size, vision.image_size, 3, dtype=torch.uint8),
-            token_images=None,
-            captions=[],
-            text=TextParts((text,)),
-            visual_tokens=torch.zeros(PAIRS, vision.num_patches, dtype=torch.int32),
-        )
-    if not contrast:
-        model.train_masked_branch_alone()
-    if change is not None:
-        change(model)
-    step = TrainStep(
-        model,
-        World(rank=0, size=1, device=device, control=None),
-        NoTokenizer() if config.mim is not None else None,
-        mim_weight=1.0,
-        contrastive_weight=float(contrast),
-        mask_ratio=MASK_RATIO,
-        seed=0,
-        autocast=False,
-    )
+    step, _, batch = step_on_blanks(config, device, PAIRS, caption=caption, contrast=contrast, change=change)
     with use_backend("triton" if device.type == "meta" else None):
         return count_flops(lambda: step(batch))
 

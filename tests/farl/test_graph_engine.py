@@ -115,9 +115,7 @@ def make_run(
     model.to(device).checkpoint_activations = recompute
     optimizer = build_optimizer(config, model, saved)
     engine = "fused" if recorder is None else "graph"
-    step = TrainStep(
-        model, world, Brightness(), mim_weight=1.0, mask_ratio=6 / 16, seed=1, autocast=bf16, engine=engine
-    )
+    step = TrainStep(model, world, Brightness(), mim_weight=1.0, mask_ratio=6 / 16, seed=1, bf16=bf16, engine=engine)
     digits, sample, masks = 2.0 ** torch.arange(16, device=device), step.sample_masks, [torch.empty(0)]
 
     def sample_masks(given: Batch) -> Masks:
@@ -253,7 +251,7 @@ def test_the_kernels_of_a_gpu_need_no_value_of_the_host(bf16: bool) -> None:
     meta = torch.device("meta")
     model = FaRL(MODELS["farl-micro"]).to(meta)
     world = World(rank=0, size=1, device=meta, control=None)
-    options = {"mim_weight": 1.0, "mask_ratio": 6 / 16, "seed": 1, "autocast": bf16}
+    options = {"mim_weight": 1.0, "mask_ratio": 6 / 16, "seed": 1, "bf16": bf16}
     step = TrainStep(model, world, Brightness(), engine="graph", **options)
     with use_backend("triton"):
         figures = step(batch(0, pad=True).to(meta))

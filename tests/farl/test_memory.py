@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from farl.config import TrainConfig
 from farl.initialize import shared_groups
-from farl.masking import MASK_RATIO, mask_sizes
+from farl.masking import mask_sizes
 from farl.memory import (
     GB,
     MARGIN,
@@ -34,11 +34,9 @@ from farl.memory import (
     memory_warning,
     predict_memory,
 )
-from farl.model import MODELS, FaRL, MimConfig, ModelConfig, PackedText
-from farl.step import TextParts, TrainStep
-from farl_engine.data import Batch
-from farl_engine.distributed import World
+from farl.model import MODELS, FaRL, MimConfig, ModelConfig
 from farl_kernels import use_backend
+from tests.support.steps import step_on_blanks
 
 CAPTION = 7
 MICRO = MODELS["farl-micro"]
@@ -76,16 +74,6 @@ class Alive(TorchDispatchMode):
         return out
 
 
-class NoTokenizer:
-    """The batches bring their visual tokens."""
-
-    token_image_size = None
-    vocab_size = 1
-
-    def __call__(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
-        raise AssertionError
-
-
 @pytest.fixture(autouse=True)
 def without_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch cannot draw weights that are not there."""
@@ -107,39 +95,17 @@ def step_of(
     bf16: bool = False,
 ) -> tuple[Callable[[], object], list[Tensor]]:
     """A step of `parts` micro-batches of `pairs` pairs, and its model's and its batch's tensors."""
-    vision, share = config.vision, pairs * parts
-    with device:
-        torch.manual_seed(0)
-        model = FaRL(config)
-        starts = torch.arange(0, pairs * CAPTION + 1, CAPTION, dtype=torch.int32)
-        text = PackedText(torch.ones(pairs * CAPTION, dtype=torch.int64), starts, CAPTION)
-        tokens = torch.zeros(share, vision.num_patches, dtype=torch.int32)
-        batch = Batch(
-            step=0,
-            ids=torch.arange(share),
-            used_ids=torch.arange(share),
-            views=torch.zeros(share, dtype=torch.int64),
-            images=torch.zeros(share, vision.image_size, vision.image_size, 3, dtype=torch.uint8),
-            token_images=None,
-            captions=[],
-            text=TextParts((text,) * parts),
-            visual_tokens=tokens,
-        )
-    model.checkpoint_activations = again
-    if not contrast:
-        model.train_masked_branch_alone()
-    step = TrainStep(
-        model,
-        World(rank=0, size=1, device=device, control=None),
-        NoTokenizer() if config.mim is not None else None,
-        mim_weight=1.0,
-        contrastive_weight=float(contrast),
-        mask_ratio=MASK_RATIO,
-        seed=0,
-        autocast=bf16,
+
+    def change(model: FaRL) -> None:
+        model.checkpoint_activations = again
+
+    step, model, batch = step_on_blanks(
+        config, device, pairs, parts, caption=CAPTION, contrast=contrast, bf16=bf16, change=change
     )
-    known = [*model.parameters(), batch.images, batch.ids, batch.views, text.tokens, text.cu_seqlens]
-    return lambda: step(batch), [*known, tokens]
+    text = batch.text.parts[0]
+    assert batch.visual_tokens is not None
+    known = [batch.images, batch.ids, batch.views, batch.visual_tokens, text.tokens, text.cu_seqlens]
+    return lambda: step(batch), [*model.parameters(), *known]
 
 
 def kept(config: ModelConfig, where: str, pairs: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:

@@ -122,7 +122,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
         mim_weight=1.0,
         mask_ratio=MASKED / 16,
         seed=1,
-        autocast=False,
+        bf16=False,
     )
     images = torch.randint(0, 256, (PAIRS, 32, 32, 3), dtype=torch.uint8)
     ids, views = torch.arange(PAIRS), torch.zeros(PAIRS, dtype=torch.int64)

@@ -81,7 +81,7 @@ def built(config: ModelConfig, *, recompute: bool = False, mim: bool = True, con
 
 def step_of(model: FaRL, world: World, *, mim: bool = True, **options: Any) -> TrainStep:
     tokens = Tokens() if mim else None
-    return TrainStep(model, world, tokens, mim_weight=0.7, mask_ratio=6 / 16, seed=1, autocast=False, **options)
+    return TrainStep(model, world, tokens, mim_weight=0.7, mask_ratio=6 / 16, seed=1, bf16=False, **options)
 
 
 def gradients(world: World, parts: int = 1, recompute: bool = False, **options: Any) -> dict[str, Tensor | None]:

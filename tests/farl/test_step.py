@@ -72,7 +72,7 @@ def step_of(
     *,
     mim: bool = True,
     mim_weight: float = 0.7,
-    autocast: bool = False,
+    bf16: bool = False,
     **options: Any,
 ) -> TrainStep:
     return TrainStep(
@@ -82,7 +82,7 @@ def step_of(
         mim_weight=mim_weight,
         mask_ratio=6 / 16,
         seed=1,
-        autocast=autocast,
+        bf16=bf16,
         **options,
     )
 
@@ -271,7 +271,7 @@ def test_bf16_gives_nearly_the_same_losses(batch: Batch) -> None:
     model = FaRL(MODELS["farl-micro"])
     plain = step_of(model)(batch)
     model.zero_grad()
-    low = step_of(model, autocast=True)(batch)
+    low = step_of(model, bf16=True)(batch)
     assert torch.allclose(low["loss"].float(), plain["loss"].float(), rtol=0.02)
     assert not torch.equal(low["loss"], plain["loss"])
     assert all(gradient.dtype == torch.float32 for gradient in gradients(model).values())

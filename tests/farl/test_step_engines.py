@@ -53,7 +53,7 @@ def training(engine: str) -> tuple[FaRL, TrainStep]:
     torch.manual_seed(0)
     model = FaRL(MODELS["farl-micro"])
     world = World(rank=0, size=1, device=torch.device("cpu"), control=None)
-    options = {"mim_weight": 1.0, "mask_ratio": 6 / 16, "seed": 1, "autocast": False}
+    options = {"mim_weight": 1.0, "mask_ratio": 6 / 16, "seed": 1, "bf16": False}
     return model, TrainStep(model, world, Brightness(), engine=engine, **options)
 
 

@@ -96,10 +96,10 @@ def check_gradients(config: ModelConfig, device: torch.device, batches: int) -> 
     for seed in range(batches):
         batch = batch_of(config, seed, device)
         with use_backend("reference"):
-            truth.append(gradients(step_of(exact, device, autocast=False), exact, batch))
+            truth.append(gradients(step_of(exact, device, bf16=False), exact, batch))
             with torch.autocast(device.type, torch.bfloat16):
-                eager.append(gradients(step_of(model, device, autocast=False), model, batch))
-        found.append(gradients(step_of(model, device, autocast=True), model, batch))
+                eager.append(gradients(step_of(model, device, bf16=False), model, batch))
+        found.append(gradients(step_of(model, device, bf16=True), model, batch))
     assert all(gradient.dtype == torch.float32 for some in found for gradient in some.values())
     errors, allowed = relative_errors(found, truth), relative_errors(eager, truth)
     assert min(allowed.values()) > 1e-4, "eager is not in bfloat16"
@@ -144,7 +144,7 @@ def test_products_and_features_are_bfloat16_without_autocast(engine: str, monkey
     monkeypatch.setattr(
         farl.step, "contrastive_loss", lambda *args, **options: (see("contrast", args[0]), loss(*args, **options))[1]
     )
-    figures = step_of(model, autocast=True, engine=engine)(batch_of(MODELS["farl-micro"], 0, CPU))
+    figures = step_of(model, bf16=True, engine=engine)(batch_of(MODELS["farl-micro"], 0, CPU))
     wide = dtypes.pop("text residual")
     assert wide == {torch.float32} and set(dtypes) == {"image", "image residual", "text", "features", "contrast"}
     assert set.union(*dtypes.values()) == {torch.bfloat16}
@@ -160,10 +160,10 @@ def test_recomputed_activations_are_those_of_the_first_time(micro_batch: int) ->
     model, batch = model_of(config), batch_of(config, 0, CPU)
     captions = [f"a face, number {i}" for i in range(PAIRS)]
     batch.text = pack_parts(captions, micro_batch)
-    kept = gradients(step_of(model, autocast=True), model, batch)
+    kept = gradients(step_of(model, bf16=True), model, batch)
     again = model_of(config)
     again.checkpoint_activations = True
-    recomputed = gradients(step_of(again, autocast=True), again, batch)
+    recomputed = gradients(step_of(again, bf16=True), again, batch)
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
@@ -172,7 +172,7 @@ def test_a_model_s_own_compute_dtype_is_kept() -> None:
     model, pixels = model_of(MODELS["farl-micro"]), torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
     assert model.compute_dtype is None and model.encode_image(pixels).dtype == torch.float32
     model.compute_dtype = torch.bfloat16
-    step_of(model, autocast=False)(batch_of(MODELS["farl-micro"], 0, CPU))
+    step_of(model, bf16=False)(batch_of(MODELS["farl-micro"], 0, CPU))
     assert model.compute_dtype == torch.bfloat16
     assert model.encode_image(pixels).dtype == torch.bfloat16
     assert model.encode_text(torch.tensor([[1, 49407]])).dtype == torch.bfloat16
@@ -186,7 +186,7 @@ def test_compiled_it_gives_what_eager_gives() -> None:
     results = []
     for engine in ("eager", "compile"):
         model = model_of(config)
-        step = step_of(model, autocast=True, engine=engine)
+        step = step_of(model, bf16=True, engine=engine)
         if engine == "compile":
             torch._dynamo.reset()
             model.compile(backend="aot_eager", fullgraph=True)  # the same graph, without minutes of a C++ compiler

@@ -51,7 +51,7 @@ def losses(backend: str, steps: int) -> list[list[float]]:
     torch.manual_seed(0)
     model = FaRL(MODELS["farl-micro"]).to(DEVICE)
     world = World(rank=0, size=1, device=DEVICE, control=None)
-    step = TrainStep(model, world, Brightness(), mim_weight=1.0, mask_ratio=6 / 16, seed=1, autocast=False)
+    step = TrainStep(model, world, Brightness(), mim_weight=1.0, mask_ratio=6 / 16, seed=1, bf16=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-6)
     curve = []
     with use_backend(backend):
