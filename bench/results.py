@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 Key = tuple[str, str, str, str]
+# Ahead of the single ops.
+WHOLE = ("whole step", "whole step with decoding", "image tower", "loader", "loader with 1 % bad samples")
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class Results:
 
     @property
     def ops(self) -> list[str]:
-        """Operations in the order in which they were met."""
-        return list(dict.fromkeys([*(key[0] for key in [*self.times, *self.missing]), *self.facts]))
+        """Operations: what a user waits for first, then in the order in which they were met."""
+        met = dict.fromkeys([*(key[0] for key in [*self.times, *self.missing]), *self.facts])
+        return [*(op for op in WHOLE if op in met), *(op for op in met if op not in WHOLE)]
 
     def shapes(self, op: str) -> list[str]:
         return list(dict.fromkeys(key[1] for key in [*self.times, *self.missing] if key[0] == op))
