@@ -18,6 +18,7 @@ TEST_PROCESSES = 8
 FEW_THREADS = (("OMP_NUM_THREADS", "2"), ("TORCHINDUCTOR_COMPILE_THREADS", "2"))
 # A test that hangs takes its process along, which is started again, and not the section.
 TEST_SECONDS = 180
+STEP_TESTS = ("tests/engine/test_graphs.py", "tests/farl/test_graph_engine.py", "tests/farl/test_step_precision.py")
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
 
@@ -95,6 +96,14 @@ def gpu_tests(cuda: bool, slow: bool = True) -> Step:
     return Step(title, (*command, *in_parallel(TEST_PROCESSES // 2)), "tests", environment=FEW_THREADS)
 
 
+def step_tests(cuda: bool) -> Step:
+    """Recorded updates and bfloat16 gradients of the whole step."""
+    title = "recorded updates, no host sync and bfloat16 gradients of the step"
+    if not cuda:
+        return Step(title, None, "tests", "no GPU")
+    return Step(title, (*TESTS, *STEP_TESTS, "-m", "gpu"), "tests", environment=FEW_THREADS)
+
+
 def sanitizer(cuda: bool, tool: str, minutes: float) -> Step:
     """compute-sanitizer over all ops on ragged shapes."""
     title = f"compute-sanitizer {tool}, ragged shapes"
@@ -139,8 +148,8 @@ def steps_of(name: str, cuda: bool, tests: tuple[str, ...] = ()) -> tuple[Step, 
         return suite("decoding", "loader", "end_to_end")
     checks = {
         "kernel_tests": (kernel_tests(cuda, tests),),
-        "gpu_tests": (gpu_tests(cuda),),
+        "gpu_tests": (gpu_tests(cuda), step_tests(cuda)),
         "sanitizer": (sanitizer(cuda, "memcheck", 5), sanitizer(cuda, "racecheck", 5)),
-        "correctness": (gpu_tests(cuda), kernel_tests(cuda, tests), sanitizer(cuda, "memcheck", 3)),
+        "correctness": (gpu_tests(cuda), step_tests(cuda), kernel_tests(cuda, tests), sanitizer(cuda, "memcheck", 3)),
     }
     return checks.get(name) or suite(name)

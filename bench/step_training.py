@@ -215,15 +215,24 @@ def farl(
     *,
     engine: str = "fused",
     text_beside: bool = False,
+    compile_encoder: bool = False,
     micro_batch: int = 0,
 ) -> Training:
-    """FaRL's own step; `text_beside` runs the text tower on a stream of its own."""
+    """FaRL's own step.
+
+    Args:
+        text_beside: run the text tower on a stream of its own.
+        compile_encoder: have torch.compile make the kernels between the convolutions of DALL-E's encoder.
+    """
     batch, tokens = synthetic(case.config, case.pairs, micro_batch)
-    if engine == "compile":
+    if engine == "compile" or compile_encoder:
         need_compiler()
         torch._dynamo.reset()
-    model = fresh(case.config)
-    step = train_step(model, tokenizer_of(case, tokens), case.precision, engine)
+    model, tokenizer = fresh(case.config), tokenizer_of(case, tokens)
+    if compile_encoder:
+        assert isinstance(tokenizer, DalleEncoder)
+        tokenizer.compile()
+    step = train_step(model, tokenizer, case.precision, engine)
     if text_beside:
         run_text_beside(model, step)
     return Training(model, lambda: step(batch)["loss"], context)
@@ -296,11 +305,13 @@ def normalised(images: Tensor) -> Tensor:
 
 
 PEER = "open_clip + BEiT"
+COMPILED_ENCODER = "farl, encoder through torch.compile"
 CONTENDERS: dict[str, Callable[[Case], Training]] = {
     "farl": farl,
     "farl, torch.compile": lambda case: farl(case, engine="compile"),
     "farl, one CUDA graph": farl,
     "farl, text on a side stream": lambda case: farl(case, text_beside=True),
+    COMPILED_ENCODER: lambda case: farl(case, compile_encoder=True),
     "farl, ops without Triton": lambda case: farl(case, without_triton),
     "farl, reference ops": lambda case: farl(case, lambda: use_backend("reference")),
     PEER: lambda case: peer(case, compile_it=False),
@@ -311,6 +322,7 @@ COUNTED = {
     "farl, torch.compile": "farl, reference ops",
     "farl, one CUDA graph": "farl",
     "farl, text on a side stream": "farl",
+    COMPILED_ENCODER: "farl",
     f"{PEER}, torch.compile": PEER,
 }
 

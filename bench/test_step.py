@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench.step_contest import CLOCK, PATIENT, Suite, run
-from bench.step_training import CAPTION_TOKENS, CONTENDERS, COUNTED, PEER, SMALL, Case, truth
+from bench.step_training import CAPTION_TOKENS, COMPILED_ENCODER, CONTENDERS, COUNTED, PEER, SMALL, Case, truth
 from bench.timing import CUDA
 from farl.memory import fits, predict_memory
 from farl.model import MODELS
@@ -39,8 +39,8 @@ def cases(capacity: float) -> dict[Case, list[str]]:
             # Compilation takes minutes, and its gain does not depend on the batch much.
             found[case] = [*BESIDE, f"{PEER}, torch.compile"]
         else:
-            found[case] = list(CONTENDERS)
-            found[replace(case, online=True)] = ["farl", "farl, one CUDA graph"]
+            found[case] = [name for name in CONTENDERS if name != COMPILED_ENCODER]
+            found[replace(case, online=True)] = ["farl", COMPILED_ENCODER, "farl, one CUDA graph"]
         found[replace(case, pairs=case.pairs // 2)] = BESIDE
     return found
 

@@ -22,7 +22,7 @@ from farl.buckets import padded
 from farl.masking import mask_sizes
 from farl.model import FaRL, PackedText, TrainingOutput
 from farl.tokenizer import CONTEXT_LENGTH, pack
-from farl.tokens import VisualTokenizer
+from farl.tokens import DalleEncoder, VisualTokenizer
 from farl_engine.data import Batch
 from farl_engine.distributed import World
 from farl_engine.profiler import note, part
@@ -121,8 +121,8 @@ class TrainStep:
         bf16: run the towers in bfloat16 (by `FaRL.compute_dtype`, without torch.autocast); parameters and their
             gradients stay float32.
         engine: "fused" takes the fastest backend of each op; "eager" the plain reference of each; "compile" those
-            under torch.compile, one graph of both towers for captions of all lengths; "graph" is "fused" in an update
-            that is recorded (`farl_engine.graphs`). The losses are the same.
+            under torch.compile, one graph of both towers for captions of all lengths, and DALL-E's encoder likewise;
+            "graph" is "fused" in an update that is recorded (`farl_engine.graphs`). The losses are the same.
     """
 
     def __init__(
@@ -155,6 +155,8 @@ class TrainStep:
         if self._compiled:
             # The call of the model alone: an evaluation encodes with the plain methods.
             self._model.compile()
+            if isinstance(tokenizer, DalleEncoder):
+                tokenizer.compile()
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         texts: tuple[PackedText, ...] = batch.text.parts

@@ -99,8 +99,10 @@ def test_no_test_starts_after_the_deadline(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_on_a_gpu_every_test_of_the_kernels_is_in_a_step() -> None:
-    (kernels,), (gpu_only,) = steps_of("kernel_tests", True), steps_of("gpu_tests", True)
-    assert kernels.command is not None and gpu_only.command is not None
+    (kernels,), (gpu_only, of_steps) = steps_of("kernel_tests", True), steps_of("gpu_tests", True)
+    assert kernels.command is not None and gpu_only.command is not None and of_steps.command is not None
+    for file in sections.STEP_TESTS:
+        assert file in of_steps.command and "pytest.mark.gpu" in (ROOT / file).read_text()
     path = "tests/kernels/test_on_gpu.py"
     assert path in gpu_only.command and f"--ignore={path}" in kernels.command
     assert "not slow" in kernels.command and "tests/kernels" in kernels.command

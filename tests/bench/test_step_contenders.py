@@ -221,6 +221,7 @@ def test_batches_on_a_gpu_fit_it(capacity: float) -> None:
     for case, names in found.items():
         assert fits(predict_memory(case.config, pairs=case.pairs, caption_tokens=17), capacity)
         assert names[0] == "farl" and set(names) <= step_training.CONTENDERS.keys()
+        assert (step_training.COMPILED_ENCODER in names) == case.online
     first, *_ = found
     assert first.model == "farl-b16" and f"{PEER}, torch.compile" in found[first]
 

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 import farl.step
 from farl.model import MODELS, FaRL
 from farl.step import TrainStep, pack_parts
+from farl.tokens import DalleEncoder
 from farl_engine.data import Batch
 from farl_engine.distributed import World
 from farl_kernels import dispatch
@@ -105,3 +106,15 @@ def test_text_is_sent_before_the_image_tower_runs_and_its_gradient_comes_after(m
     model.text_projection.register_hook(lambda grad: events.append("text gradient"))
     step(batch(0))
     assert events == ["sent", "image", "image gradient", "text gradient"]
+
+
+@pytest.mark.parametrize("engine", ["fused", "compile"])
+def test_the_compiled_engine_compiles_the_encoder_too(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *args, **kwargs: compiled.append(self))
+    model = FaRL(MODELS["farl-micro"])
+    encoder = DalleEncoder(16, hidden=8, token_image_size=32)
+    world = World(rank=0, size=1, device=torch.device("cpu"), control=None)
+    TrainStep(model, world, encoder, mim_weight=1.0, mask_ratio=0.4, seed=1, bf16=False, engine=engine)
+    # The model, and the encoder's input and four groups.
+    assert len(compiled) == (6 if engine == "compile" else 0)

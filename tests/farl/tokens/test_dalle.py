@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from farl import cli
@@ -143,6 +144,21 @@ def test_convolutions_run_in_the_asked_dtype_and_the_last_in_fp32() -> None:
     assert half.logits(images).dtype == torch.float32
     difference = (half.logits(images) - _small().logits(images)).abs().max()
     assert 1e-4 < difference < 1
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_stages_give_the_same_tokens(backend: str) -> None:
+    encoder = _small(1024)
+    compiled = DalleEncoder.from_state_dict(encoder.state_dict(), token_image_size=16)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled.compile(backend=backend)
+    for images in (_images(), _images(batch=5)):
+        assert torch.equal(compiled(images), encoder(images))
+        torch.testing.assert_close(compiled.logits(images), encoder.logits(images))
+    # Five stages, for one number of images and then for any.
+    assert counters["stats"]["unique_graphs"] == 2 * 5 and not counters["graph_break"]
+    assert compiled.state_dict().keys() == encoder.state_dict().keys()
 
 
 def test_no_parameter_wants_a_gradient() -> None:
