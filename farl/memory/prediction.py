@@ -1,31 +1,22 @@
-"""Memory of a training step, from the sizes of the model before anything runs, and the largest batch that fits.
+"""Bytes of a training step, from the sizes of the model.
 
 Counted are the tensors that autograd keeps, op by op as the autograd functions of `farl_kernels` save them;
 docs/memory.md says what is exact and what is left out.
-
-    python -m farl.memory farl-b16 --gpu-memory 80 --world-size 8 --global-batch 5120
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-from dataclasses import dataclass, fields, replace
-from typing import Annotated, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from tyro.conf import Positional, arg
 
-from farl import cli
-from farl.config import TrainConfig
 from farl.flops import CAPTION_TOKENS
 from farl.initialize import shared_groups, without_storage
 from farl.masking import MASK_RATIO, mask_sizes
-from farl.model import MODELS, FaRL, ModelConfig
+from farl.model import FaRL, ModelConfig
 
-GB = 10**9
-# Of a device's memory, for what is not counted: the CUDA context, fragments of the allocator, NCCL's buffers.
-MARGIN = 0.06
 # What the losses work on at a time on a GPU (farl_kernels.gemm.logit_chunk_bytes).
 CHUNK_BYTES = 2**28
 
@@ -322,169 +313,3 @@ def _numbers_cast(config: ModelConfig, *, masked: bool, contrast: bool) -> int:
         # The last block of the image tower runs once for each stream.
         cast += sum(p.numel() for p in model.visual.transformer.last.parameters() if p.ndim > 1)
     return cast
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a step is to run: `pairs` at once in each process (`micro_batch`: the option, 0 for all), the option
-    `save_memory`, and what it needs."""
-
-    pairs: int
-    micro_batch: int
-    save_memory: str
-    memory: Memory
-
-    @property
-    def options(self) -> str:
-        """For the command line."""
-        return f"--micro-batch {self.micro_batch}" + (f" --save-memory {self.save_memory}" if self.save_memory else "")
-
-
-def fits(memory: Memory, capacity: float) -> bool:
-    """Whether the prediction leaves `MARGIN` of `capacity` bytes."""
-    return memory.peak <= (1 - MARGIN) * capacity
-
-
-def largest_batch(config: ModelConfig, capacity: float, *, world_size: int = 1, **options: bool | int) -> int:
-    """The most pairs a process that fit `capacity` bytes without micro-batches; 0 if not even one does.
-
-    `options` are those of `predict_memory`. The global batch is that of all processes.
-    """
-
-    def fit(pairs: int) -> bool:
-        return fits(predict_memory(config, pairs=pairs, world_size=world_size, **options), capacity)  # type: ignore[arg-type]
-
-    if not fit(1):
-        return 0
-    good, bad = 1, 2
-    while fit(bad):
-        good, bad = bad, 2 * bad
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if fit(middle) else (good, middle)
-    return good
-
-
-def choose_micro_batch(
-    config: ModelConfig, capacity: float, *, global_batch: int, world_size: int = 1, **options: bool | int
-) -> Setting | None:
-    """The largest equal parts of a process's share of `global_batch` that fit; None if not even single pairs do."""
-    share = -(-global_batch // world_size)
-    parts = 1
-    while True:
-        pairs = -(-share // parts)
-        memory = predict_memory(
-            config,
-            pairs=pairs,
-            global_batch=global_batch,
-            world_size=world_size,
-            **options,  # type: ignore[arg-type]
-        )
-        if fits(memory, capacity):
-            ways = {"recompute": options.get("checkpoint_activations"), "shard": options.get("shard")}
-            save_memory = ",".join(way for way, on in ways.items() if on)
-            return Setting(pairs, 0 if parts == 1 else pairs, save_memory, memory)
-        if pairs == 1:
-            return None
-        # The next number of parts that makes them smaller.
-        parts = -(-share // (pairs - 1))
-
-
-def choose_setting(
-    config: ModelConfig, capacity: float, *, global_batch: int, world_size: int = 1, **options: bool | int
-) -> Setting | None:
-    """The first that fits: all at once, else micro-batches, else those with the state shared out over the processes,
-    else with blocks computed again, else with both.
-
-    Sharing out comes before computing again, as it should cost less time; that is not measured.
-    """
-    for again, shard in itertools.product((False, True), (False, True)[: min(world_size, 2)]):
-        found = choose_micro_batch(
-            config,
-            capacity,
-            global_batch=global_batch,
-            world_size=world_size,
-            **options | {"checkpoint_activations": again, "shard": shard},
-        )
-        if found is not None:
-            return found
-    return None
-
-
-def memory_warning(
-    config: TrainConfig, sizes: ModelConfig, *, world_size: int, bf16: bool, capacity: float
-) -> str | None:
-    """One line for a run that is predicted not to fit `capacity` bytes of each process's device, or None.
-
-    Args:
-        sizes: those of the model built, of which the masked branch counts if it is there.
-    """
-    share = -(-config.global_batch // world_size)
-    options = {
-        "dtype": torch.bfloat16 if bf16 else torch.float32,
-        "contrast": config.contrastive_weight > 0,
-        "mask_ratio": config.mask_ratio,
-    }
-    call = {"global_batch": config.global_batch, "world_size": world_size, **options}
-    pairs = min(config.micro_batch or share, share)
-    ways = {"checkpoint_activations": config.recompute, "shard": config.shard}
-    memory = predict_memory(sizes, pairs=pairs, **ways, **call)  # type: ignore[arg-type]
-    if fits(memory, capacity):
-        return None
-    found = choose_micro_batch(sizes, capacity, **ways, **call) or choose_setting(sizes, capacity, **call)  # type: ignore[arg-type]
-    advice = "not even single pairs fit: take a smaller --model, or more processes"
-    if found is not None:
-        advice = f"{found.options} would take {found.memory.peak / GB:.1f} GB"
-    return (
-        f"this run may not fit: {pairs} pairs at once take an estimated {memory.peak / GB:.1f} GB "
-        f"of {capacity / GB:.1f} GB ({MARGIN:.0%} of it kept free); {advice}"
-    )
-
-
-@dataclass(frozen=True)
-class MemoryOptions:
-    model: Annotated[Positional[str], arg(metavar="MODEL")] = "farl-b16"
-    """Sizes of the model, as for farl.train."""
-    gpu_memory: float = 80.0
-    """Memory of a GPU, in GB of 10^9 bytes."""
-    world_size: int = 1
-    """Processes, one a GPU."""
-    global_batch: int = 5120
-    """Pairs an update, over all processes."""
-
-
-def describe(memory: Memory) -> str:
-    """The parts and phases as lines of text, in GB."""
-    parts = {f.name.replace("_", " "): getattr(memory, f.name) for f in fields(memory) if f.name != "held_gradients"}
-    parts = {name: size for name, size in parts.items() if size} | memory.phases
-    return "\n".join(f"{name:<24}{size / GB:9.2f} GB" for name, size in parts.items())
-
-
-def main(argv: list[str] | None = None) -> None:
-    options = cli.parse(
-        MemoryOptions,
-        argv,
-        prog="farl.memory",
-        description="Predicted memory of a training step in bf16, and the batch that fits a GPU.",
-    )
-    if options.model not in MODELS:
-        raise ValueError(f"there is no model {options.model!r}; use one of {', '.join(MODELS)}")
-    for name in ("gpu_memory", "world_size", "global_batch"):
-        if not getattr(options, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be more than 0")
-    sizes, capacity, world = MODELS[options.model], options.gpu_memory * GB, options.world_size
-    print(f"{options.model} in bf16 on {world} x {options.gpu_memory:g} GB: ESTIMATES, not measured.\n")
-    for shard, again in itertools.product((False, True)[: min(world, 2)], (False, True)):
-        most = largest_batch(sizes, capacity, world_size=world, checkpoint_activations=again, shard=shard)
-        how = f"blocks {'computed again' if again else 'kept'}{', state shared out' if shard else ''}"
-        print(f"largest batch a process, {how}: {most:,} pairs")
-    found = choose_setting(sizes, capacity, global_batch=options.global_batch, world_size=world)
-    if found is None:
-        print(f"\n--global-batch {options.global_batch} does not fit: take more GPUs")
-        return
-    print(f"\n--global-batch {options.global_batch} {found.options}\n")
-    print(describe(found.memory))
-
-
-if __name__ == "__main__":
-    cli.run(main, "farl.memory")
