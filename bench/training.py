@@ -182,7 +182,7 @@ class Measurement:
         if found.failed:
             status = "had to be killed" if found.code is None else f"exit status {found.code}"
             tail = [self._shown(line) for line in found.tail]
-            self.content["failed"].append({"what": what, "status": status, "tail": tail})
+            self.content["failed"].append({"what": what, "status": status + cut, "tail": tail})
             say("\n".join(f"    | {line}" for line in found.tail))
 
     def _shown(self, text: str) -> str:
