@@ -140,7 +140,7 @@ def run(suite: Suite, benchmark: Any, request: pytest.FixtureRequest, case: Case
 
 
 def selected(request: pytest.FixtureRequest, case: Case) -> tuple[str, ...]:
-    """The contenders of `case` whose benchmarks this session runs."""
+    """The contenders of `case` whose benchmarks pytest was told to run."""
     found = (getattr(item, "callspec", None) for item in request.session.items)
     return tuple(spec.params["name"] for spec in found if spec is not None and spec.params.get("case") == case)
 

@@ -22,7 +22,7 @@ from farl.config import TrainConfig
 from farl.initialize import build_optimizer, check_engine
 from farl.model import MODELS, FaRL
 from farl.pretrain import schedule
-from farl.step import Masks, TrainStep, clamp_logit_scale, pack_parts
+from farl.step import Masks, TrainStep, clamp_logit_scale
 from farl_engine import loop
 from farl_engine.checkpoint import CheckpointStore
 from farl_engine.data import Batch
@@ -32,41 +32,21 @@ from farl_engine.loop import Run, train
 from farl_engine.metrics import MetricsLog, Progress
 from farl_engine.optim import FiniteGuard, LearningRate
 from farl_kernels import sample_block_masks, use_backend
+from tests.support.steps import Brightness, coloured_batch
 from tests.support.tape import HostReadError, NoHostRead, Tape
 
 PAIRS, STEPS, BUCKETS = 8, 20, 3
 CPU = torch.device("cpu")
 
 
-class Brightness:
-    """A stand-in tokenizer of 16 visual tokens."""
-
-    vocab_size = 16
-    token_image_size = None
-
-    def __call__(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
-        assert positions is not None
-        tokens = images.float().unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4, 5)).div(16).long().flatten(1)
-        return tokens.gather(1, positions.long().clamp(min=0)).masked_fill(positions < 0, -1)
-
-
 def batch(step: int, *, micro_batch: int = 0, pad: bool = False) -> Batch:
-    """Pictures of one colour with a caption of it; three total lengths, in turns."""
-    generator = torch.Generator().manual_seed(step)
-    kinds = torch.randint(0, 4, (PAIRS,), generator=generator)
-    noise = torch.randint(0, 64, (PAIRS, 32, 32, 3), generator=generator)
+    """Pictures with captions of three total lengths, in turns."""
     longer = " indeed" * (2 * (step % BUCKETS))
-    captions = [f"a face of kind {kind}{' or so' * (row % 3)}{longer}" for row, kind in enumerate(kinds.tolist())]
-    return Batch(
-        step=step,
-        ids=torch.arange(PAIRS) + step * PAIRS,
-        used_ids=torch.arange(PAIRS),
-        views=torch.zeros(PAIRS, dtype=torch.int64),
-        images=(noise + 48 * kinds[:, None, None, None]).to(torch.uint8),
-        token_images=None,
-        captions=captions,
-        text=pack_parts(captions, micro_batch, pad=pad),
-    )
+
+    def captions_of(kinds: list[int]) -> list[str]:
+        return [f"a face of kind {kind}{' or so' * (row % 3)}{longer}" for row, kind in enumerate(kinds)]
+
+    return coloured_batch(step, PAIRS, captions_of, micro_batch=micro_batch, pad=pad)
 
 
 class Batches:

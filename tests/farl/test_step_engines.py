@@ -10,43 +10,21 @@ from torch._dynamo.utils import counters
 
 import farl.step
 from farl.model import MODELS, FaRL
-from farl.step import TrainStep, pack_parts
+from farl.step import TrainStep
 from farl.tokens import DalleEncoder
 from farl_engine.data import Batch
 from farl_engine.distributed import World
 from farl_kernels import dispatch
+from tests.support.steps import Brightness, coloured_batch
 
 PAIRS = 8
 WORDS = ["a face", "a smiling woman with glasses", "an old man", "a child in a red hat outdoors"]
 
 
-class Brightness:
-    """A stand-in tokenizer of 16 visual tokens."""
-
-    vocab_size = 16
-    token_image_size = None
-
-    def __call__(self, images: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        assert positions is not None
-        tokens = images.float().unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4, 5)).div(16).long().flatten(1)
-        return tokens.gather(1, positions.long().clamp(min=0)).masked_fill(positions < 0, -1)
-
-
 def batch(step: int) -> Batch:
-    """Pictures of one colour with a caption of it: something to learn. The captions differ in total length."""
-    generator = torch.Generator().manual_seed(step)
-    kinds = torch.randint(0, 4, (PAIRS,), generator=generator)
-    noise = torch.randint(0, 64, (PAIRS, 32, 32, 3), generator=generator)
-    captions = [f"{WORDS[kind]} number {number}" for number, kind in enumerate(kinds.tolist())]
-    return Batch(
-        step=step,
-        ids=torch.arange(PAIRS) + step * PAIRS,
-        used_ids=torch.arange(PAIRS),
-        views=torch.zeros(PAIRS, dtype=torch.int64),
-        images=(noise + 48 * kinds[:, None, None, None]).to(torch.uint8),
-        token_images=None,
-        captions=captions,
-        text=pack_parts(captions, 0),
+    """The captions differ in total length."""
+    return coloured_batch(
+        step, PAIRS, lambda kinds: [f"{WORDS[kind]} number {number}" for number, kind in enumerate(kinds)]
     )
 
 

@@ -16,23 +16,11 @@ from farl_kernels.contrastive.op import CONTRASTIVE_LOSS
 from farl_kernels.layer_norm.op import ADD_LAYER_NORM
 from farl_kernels.patch_masking.op import MASK_PATCHES, PATCHIFY, SAMPLE_BLOCK_MASKS
 from farl_kernels.token_loss.op import MASKED_TOKEN_CROSS_ENTROPY
+from tests.support.steps import Brightness
 
 SAMPLES = 4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WORDS = ["a face", "a smiling woman with glasses", "an old man", "a child in a red hat outdoors"]
-
-
-class Brightness:
-    """A stand-in tokenizer: the mean of a patch's pixels, in 16 levels."""
-
-    vocab_size = 16
-    token_image_size = None
-
-    def __call__(self, images: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        patches = images.float().unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4, 5))
-        tokens = (patches / 16).long().clamp(max=15).flatten(1)
-        assert positions is not None
-        return tokens.gather(1, positions.long().clamp(min=0)).masked_fill(positions < 0, -1)
 
 
 def batch(step: int) -> Batch:

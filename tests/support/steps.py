@@ -1,4 +1,4 @@
-"""A training step whose figures mean nothing, for tests that count its work or its memory."""
+"""Small training steps: on blanks, for tests that count work or memory, and on something to learn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from farl.masking import MASK_RATIO
 from farl.model import FaRL, ModelConfig, PackedText
-from farl.step import TextParts, TrainStep
+from farl.step import TextParts, TrainStep, pack_parts
 from farl_engine.data import Batch
 from farl_engine.distributed import World
 
@@ -73,3 +73,40 @@ def step_on_blanks(
         bf16=bf16,
     )
     return step, model, batch
+
+
+class Brightness:
+    """A stand-in tokenizer: the mean of a patch's pixels, in 16 levels."""
+
+    vocab_size = 16
+    token_image_size = None
+
+    def __call__(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
+        assert positions is not None
+        tokens = images.float().unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4, 5)).div(16).long().flatten(1)
+        return tokens.gather(1, positions.long().clamp(min=0)).masked_fill(positions < 0, -1)
+
+
+def coloured_batch(
+    step: int, pairs: int, captions_of: Callable[[list[int]], list[str]], *, micro_batch: int = 0, pad: bool = False
+) -> Batch:
+    """Pictures of 32 pixels in one of four brightnesses, and captions of them: something to learn for farl-micro.
+
+    Args:
+        captions_of: a caption for each of the pictures' brightnesses, 0 to 3.
+        micro_batch, pad: as of `pack_parts`.
+    """
+    generator = torch.Generator().manual_seed(step)
+    kinds = torch.randint(0, 4, (pairs,), generator=generator)
+    noise = torch.randint(0, 64, (pairs, 32, 32, 3), generator=generator)
+    captions = captions_of(kinds.tolist())
+    return Batch(
+        step=step,
+        ids=torch.arange(pairs) + step * pairs,
+        used_ids=torch.arange(pairs),
+        views=torch.zeros(pairs, dtype=torch.int64),
+        images=(noise + 48 * kinds[:, None, None, None]).to(torch.uint8),
+        token_images=None,
+        captions=captions,
+        text=pack_parts(captions, micro_batch, pad=pad),
+    )
