@@ -120,10 +120,13 @@ class ParsingTask:
         """
         labels = batch["labels"]
         logits = _to_crop(outputs, self.crop)
-        pixels = mean_over_processes(_pixels_by_class(labels, len(self.classes)))
-        weights = balanced_weights(pixels) if self.small else None
+        if self.small:
+            pixels = mean_over_processes(_pixels_by_class(labels, len(self.classes)))
+            weights, labelled = balanced_weights(pixels), pixels.sum()
+        else:
+            weights, labelled = None, mean_over_processes((labels != UNLABELLED).sum().float())
         total = F.cross_entropy(logits, labels, weight=weights, ignore_index=UNLABELLED, reduction="sum")
-        return {"loss": total / pixels.sum().clamp(min=1)}
+        return {"loss": total / labelled.clamp(min=1)}
 
     def metric(self) -> ParsingMetric:
         return ParsingMetric(self.classes)
