@@ -146,7 +146,7 @@ def compete(benchmark: Any, problem: Problem, name: str, make: Callable[[], Cont
     except torch.OutOfMemoryError:
         reason = "out of memory"
     except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+        reason = in_words(error)
         # A backend that the op does not have, or that refuses: not measured, and no fault.
         refused = isinstance(error, ValueError) and (
             "cannot run this call" in str(error) or "is not one of" in str(error)
@@ -159,6 +159,11 @@ def compete(benchmark: Any, problem: Problem, name: str, make: Callable[[], Cont
         clean_up(f"{name}, {problem.shape}, {mode}")
     if reason is not None:
         leave_out(labels, reason)
+
+
+def in_words(error: Exception) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
 
 
 def check_ready() -> None:

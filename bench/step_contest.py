@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.contest import NOT_MEASURED, NotMeasuredError, check_ready, clean_up, leave_out, record
+from bench.contest import NOT_MEASURED, NotMeasuredError, check_ready, clean_up, in_words, leave_out, record
 from bench.interleaved import ROUNDS, Ratio, Replay, take_turns
 from bench.results import is_ours
 from bench.step_facts import computed_flop, parts_of, predicted_bytes, profiled, step_bytes
@@ -124,7 +124,7 @@ def run(suite: Suite, benchmark: Any, request: pytest.FixtureRequest, case: Case
     except ImportError as error:
         reason = f"import failed: {error}"
     except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+        reason = in_words(error)
         if is_ours(name):
             NOT_MEASURED.append(labels | {"reason": f"failed: {reason}"})
             raise
@@ -137,6 +137,25 @@ def run(suite: Suite, benchmark: Any, request: pytest.FixtureRequest, case: Case
         NOT_MEASURED.append(labels | {"reason": reason})
         raise AssertionError(reason)
     leave_out(labels, reason)
+
+
+def each_contender(cases: Mapping[Any, list[str]]) -> Callable[[Callable[..., None]], Any]:
+    """Runs a test for each of `cases`, as argument `case`, and each of its contenders, as `name`."""
+    pairs = [(case, name) for case, names in cases.items() for name in names]
+    marks = [
+        *PATIENT,
+        pytest.mark.benchmark(timer=time.perf_counter if CUDA else CLOCK),
+        pytest.mark.parametrize(
+            ("case", "name"), pairs, ids=lambda value: value if isinstance(value, str) else value.shape
+        ),
+    ]
+
+    def marked(test: Callable[..., None]) -> Any:
+        for mark in marks:
+            test = mark(test)
+        return test
+
+    return marked
 
 
 def selected(request: pytest.FixtureRequest, case: Case) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ block, the class token projected.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.contest import compiled, need
-from bench.step_contest import CLOCK, PATIENT, Suite, run
+from bench.step_contest import Suite, each_contender, run
 from bench.step_training import SMALL, Case, Training, fresh, normalised, synthetic
 from bench.timing import CUDA, DEVICE
 from farl.flops import forward_flops
@@ -159,14 +158,8 @@ else:
         TowerCase(name, SMALL, 64, "bfloat16"): EAGER,
         TowerCase("ViT 128 x 6, 64 px", MODELS["farl-tiny"], 64, "float32"): EAGER,
     }
-pytestmark = PATIENT
 
 
-@pytest.mark.benchmark(timer=time.perf_counter if CUDA else CLOCK)
-@pytest.mark.parametrize(
-    ("case", "name"),
-    [(case, name) for case, names in CASES.items() for name in names],
-    ids=lambda value: value if isinstance(value, str) else value.shape,
-)
+@each_contender(CASES)
 def test_image_tower(benchmark: Any, request: pytest.FixtureRequest, case: TowerCase, name: str) -> None:
     run(SUITE, benchmark, request, case, name)

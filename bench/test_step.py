@@ -6,14 +6,13 @@ open_clip's model and loss with BEiT-style masked image modelling, eager and com
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from bench.step_contest import CLOCK, PATIENT, Suite, run
+from bench.step_contest import Suite, each_contender, run
 from bench.step_training import CAPTION_TOKENS, COMPILED_ENCODER, CONTENDERS, COUNTED, PEER, SMALL, Case, truth
 from bench.timing import CUDA
 from farl.memory import fits, predict_memory
@@ -58,14 +57,7 @@ def cases_on_a_cpu() -> dict[Case, list[str]]:
 
 CASES = cases(torch.cuda.get_device_properties(0).total_memory) if CUDA else cases_on_a_cpu()
 
-pytestmark = PATIENT
 
-
-@pytest.mark.benchmark(timer=time.perf_counter if CUDA else CLOCK)
-@pytest.mark.parametrize(
-    ("case", "name"),
-    [(case, name) for case, names in CASES.items() for name in names],
-    ids=lambda value: value if isinstance(value, str) else value.shape,
-)
+@each_contender(CASES)
 def test_step(benchmark: Any, request: pytest.FixtureRequest, case: Case, name: str) -> None:
     run(SUITE, benchmark, request, case, name)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-
-from farl.config import quickstart
 
 EVALUATIONS = 5
 LOG_LINES = 60
@@ -75,7 +73,7 @@ def plan_of(cuda: bool, processes: int = 1) -> Plan:
         batch=256 * processes,
         engine="fused",
         # Compilation takes longest, so it comes last. A graph records one process alone.
-        engines=tuple(filter(accepted, ("eager", "fused", *(("graph",) if processes == 1 else ()), "compile"))),
+        engines=("eager", "fused", *(("graph",) if processes == 1 else ()), "compile"),
         engine_model="farl-s16",
         engine_batch=64 * processes,
         engine_updates=500,
@@ -83,15 +81,6 @@ def plan_of(cuda: bool, processes: int = 1) -> Plan:
         processes=processes,
         threads=max(2, min(8, (os.cpu_count() or 2) // (2 * processes))),
     )
-
-
-def accepted(engine: str) -> bool:
-    """Whether `farl.train` has this engine."""
-    try:
-        replace(quickstart(), engine=engine)
-    except ValueError:
-        return False
-    return True
 
 
 def module(*words: str) -> list[str]:

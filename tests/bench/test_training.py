@@ -19,8 +19,9 @@ import pytest
 from bench import gpu, training, training_report
 from bench.results import load
 from bench.sections import DEFAULT, steps_of
-from bench.training_plan import Plan, accepted, long_run, plan_of, updates_in
+from bench.training_plan import Plan, long_run, plan_of, updates_in
 from bench.training_run import Finished
+from farl.config import quickstart
 from farl.train import read_config
 
 MACHINE = {"device": "a test", "commit": {"id": "abc", "dirty": None}, "versions": {"torch": "0"}}
@@ -238,9 +239,10 @@ def test_options_change_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "which is no file" in capsys.readouterr().err
 
 
-def test_engines_that_training_does_not_have_are_left_out() -> None:
-    assert accepted("fused") and not accepted("warp")
-    assert set(plan_of(cuda=True).engines) >= {"eager", "fused", "compile"}
+def test_engines_are_those_that_training_has() -> None:
+    for engine in plan_of(cuda=True).engines:
+        assert replace(quickstart(), engine=engine).engine == engine
+    assert set(plan_of(cuda=True).engines) >= {"eager", "fused", "graph", "compile"}
     assert "graph" not in plan_of(cuda=True, processes=2).engines
 
 
