@@ -212,6 +212,11 @@ def shared_groups(model: FaRL) -> dict[str, list[Tensor]]:
     return groups
 
 
+def part_of(parameters: list[Tensor], processes: int) -> int:
+    """How many numbers of `parameters`, shared out by rows, the first process holds: as many as any."""
+    return sum(-(-len(p) // processes) * p[0].numel() for p in parameters)
+
+
 def _shared_blocks(model: FaRL) -> set[nn.Module]:
     stacks = [module for module in model.modules() if isinstance(module, Transformer)]
     return {block for stack in stacks for block in stack.resblocks[:-1]}

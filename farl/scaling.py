@@ -23,9 +23,10 @@ from tyro.conf import Positional, arg
 
 from farl import cli
 from farl.flops import forward_flops, training_flops
-from farl.initialize import shared_groups, without_storage
+from farl.initialize import part_of, shared_groups, without_storage
 from farl.masking import mask_sizes
 from farl.model import MODELS, FaRL, ModelConfig, PackedText
+from farl.model.config import sizes_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,7 +126,7 @@ def _shared(sizes: ModelConfig, world: int, *, contrast: bool) -> list[_Group]:
     groups = shared_groups(without_storage(sizes, contrast=contrast))
 
     def part(parameters: list[Tensor]) -> int:
-        return sum(4 * -(-len(p) // world) * p[0].numel() for p in parameters)
+        return 4 * part_of(parameters, world)
 
     return [
         _Group(part(parameters), world * part([p for p in parameters if p.requires_grad]))
@@ -387,8 +388,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="farl.scaling",
         description="Collective calls of a training step, and estimates of its time on many GPUs.",
     )
-    if options.model not in MODELS:
-        raise ValueError(f"there is no model {options.model!r}; use one of {', '.join(MODELS)}")
+    sizes_of(options.model)
     if options.pairs < 0:
         raise ValueError(f"--pairs is {options.pairs}; it must be 0 or more")
     name, pairs = options.model, options.pairs or PAIRS[options.model]

@@ -148,9 +148,14 @@ def _in_one_call(tensors: list[Tensor], call: Callable[[Tensor], object]) -> Non
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
+def _most_rows(x: DTensor) -> int:
+    """What a process holds; the last ones may have fewer or none."""
+    return -(-len(x) // x.device_mesh.size())
+
+
 def _rows(x: DTensor) -> slice:
-    """Those that this process holds: as many as any, but for the last ones, which may have fewer or none."""
-    most = -(-len(x) // x.device_mesh.size())
+    """Those that this process holds."""
+    most = _most_rows(x)
     first = x.device_mesh.get_local_rank() * most
     return slice(min(first, len(x)), min(first + most, len(x)))
 
@@ -158,7 +163,7 @@ def _rows(x: DTensor) -> slice:
 @torch.no_grad()
 def _gather(x: DTensor) -> Tensor | None:
     group, processes = x.device_mesh.get_group(), x.device_mesh.size()
-    local, most = x.to_local(), -(-len(x) // processes)
+    local, most = x.to_local(), _most_rows(x)
     # All must send as much.
     sent = local.new_zeros(most, *x.shape[1:])
     sent[: len(local)] = local

@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 from farl import cli
 from farl.memory import GB, Memory, choose_setting, largest_batch
-from farl.model import MODELS
+from farl.model.config import sizes_of
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,11 @@ def main(argv: list[str] | None = None) -> None:
         prog="farl.memory",
         description="Predicted memory of a training step in bf16, and the batch that fits a GPU.",
     )
-    if options.model not in MODELS:
-        raise ValueError(f"there is no model {options.model!r}; use one of {', '.join(MODELS)}")
+    sizes = sizes_of(options.model)
     for name in ("gpu_memory", "world_size", "global_batch"):
         if not getattr(options, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be more than 0")
-    sizes, capacity, world = MODELS[options.model], options.gpu_memory * GB, options.world_size
+    capacity, world = options.gpu_memory * GB, options.world_size
     print(f"{options.model} in bf16 on {world} x {options.gpu_memory:g} GB: ESTIMATES, not measured.\n")
     for shard, again in itertools.product((False, True)[: min(world, 2)], (False, True)):
         most = largest_batch(sizes, capacity, world_size=world, checkpoint_activations=again, shard=shard)

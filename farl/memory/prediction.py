@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from farl.flops import CAPTION_TOKENS
-from farl.initialize import shared_groups, without_storage
+from farl.initialize import part_of, shared_groups, without_storage
 from farl.masking import MASK_RATIO, mask_sizes
 from farl.model import FaRL, ModelConfig
 
@@ -294,8 +294,7 @@ def _shared(config: ModelConfig, world_size: int, *, masked: bool, contrast: boo
 
     def part(trained: bool) -> int:
         shared = [p for group in groups.values() for p in group if p.requires_grad or not trained]
-        rows = sum(-(-len(p) // world_size) * p[0].numel() for p in shared)
-        return rows + sum(p.numel() for p in whole if p.requires_grad or not trained)
+        return part_of(shared, world_size) + sum(p.numel() for p in whole if p.requires_grad or not trained)
 
     sizes = {name: sum(p.numel() for p in group) for name, group in groups.items()}
     return _Shared(part(False), part(True), sizes.pop(""), max(sizes.values(), default=0))

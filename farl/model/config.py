@@ -146,3 +146,10 @@ MODELS: dict[str, ModelConfig] = {
     "farl-l16": _farl(224, 16, (1024, 24, 16), (768, 12, 12), 512, 8192),
     "farl-h14": _farl(224, 14, (1280, 32, 16), (1024, 24, 16), 512, 8192),
 }
+
+
+def sizes_of(name: str) -> ModelConfig:
+    """The sizes of the model called `name`. ValueError if none is."""
+    if name not in MODELS:
+        raise ValueError(f"there is no model {name!r}; use one of {', '.join(MODELS)}")
+    return MODELS[name]
